@@ -71,53 +71,44 @@ class DefaultPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceLayer:
-    """One layer, or one tensor that belongs to none, as the source stores it.
+    """One layer, or one tensor that belongs to none, as the source stores it."""
 
-    Attributes:
-        path: Layer path (``model.layers.0.mlp.up_proj``), or the tensor's name where it
-            is not a ``.weight``.
-        parts: Role -> stored tensor. A dense layer has ``weight`` alone; a quantized one
-            of MLX ``weight``, ``scales`` and, in affine mode, ``biases``; a packed one the
-            roles that its packing names.
-        encoding: MLX's encoding that holds the stored codes as they are; None for a dense
-            tensor, and for codes that no mode of MLX holds.
-        shape: The logical shape, ``(..., out_features, in_features)``.
-        dtype: Header name of the dtype that the values have once decoded; affine scales
-            and biases take it.
-        packing: How rows come out of ``parts``; None where the parts are row by row what
-            MLX stores.
-        stored_description: How the source stores it, in a few words ("awq gemm 4-bit g128").
-        policy: The treatment of its codes when nothing is requested.
-        row_order: The order in which the output stores the rows; None as the source.
-        row_ranges: The rows of packed layers that it consists of, under another layout than the
-            source's; empty where ``packing`` and ``parts`` are the whole layer.
-        rotation_tensors: Role -> tensor of a rotation of the inputs, which is stored with the codes
-            and needed to run them. ``packing`` decodes to values without the rotation.
-        name: Of a packed tensor whose dense values are not ``{path}.weight``; else "". Stacks of
-            fused experts have no module: their codes become ``{path}.weight``, their values
-            ``{path}`` or what the tool calls them.
-        global_scale: The rows, one number each, that make up ``{path}.global_scale``: nvfp4
-            in experts, whose tensor scales go out as numbers of their own.
-        as_named: The same values under the name and in the shape that the tool gives them,
-            where a row of the source is not a row of the layer; model classes are shown this.
-        is_decoded: Whether its values are computed from decoded codes, which then neither
-            ``encoding`` nor ``packing`` describes.
-    """
-
+    # layer path (``model.layers.0.mlp.up_proj``), or the tensor's name where it is not a
+    # ``.weight``
     path: str
+    # role -> stored tensor. A dense layer has ``weight`` alone; a quantized one of MLX ``weight``,
+    # ``scales`` and, in affine mode, ``biases``; a packed one the roles that its packing names
     parts: Tensors
+    # MLX's encoding that holds the stored codes as they are; None for a dense tensor, and for codes
+    # that no mode of MLX holds
     encoding: Quantization | None
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # the logical shape, ``(..., out_features, in_features)``
+    # header name of the dtype that the values have once decoded; affine scales and biases take it
     dtype: str
+    # how rows come out of ``parts``; None where the parts are row by row what MLX stores
     packing: Packing | None = None
-    stored_description: str = ""
-    policy: DefaultPolicy = DefaultPolicy()
+    stored_description: str = ""  # how the source stores it, in a few words ("awq gemm 4-bit g128")
+    policy: DefaultPolicy = DefaultPolicy()  # the treatment of its codes when nothing is requested
+    # the order in which the output stores the rows; None as the source
     row_order: RowOrder | None = None
+    # the rows of packed layers that it consists of, under another layout than the source's; empty
+    # where ``packing`` and ``parts`` are the whole layer
     row_ranges: tuple[RowRange, ...] = ()
+    # role -> tensor of a rotation of the inputs, which is stored with the codes and needed to run
+    # them. ``packing`` decodes to values without the rotation
     rotation_tensors: Tensors = field(default_factory=dict)
+    # of a packed tensor whose dense values are not ``{path}.weight``; else "". Stacks of fused
+    # experts have no module: their codes become ``{path}.weight``, their values ``{path}`` or what
+    # the tool calls them
     name: str = ""
+    # the rows, one number each, that make up ``{path}.global_scale``: nvfp4 in experts, whose
+    # tensor scales go out as numbers of their own
     global_scale: tuple[RowRange, ...] = ()
+    # the same values under the name and in the shape that the tool gives them, where a row of the
+    # source is not a row of the layer; model classes are shown this
     as_named: SourceLayer | None = None
+    # whether its values are computed from decoded codes, which then neither ``encoding`` nor
+    # ``packing`` describes
     is_decoded: bool = False
 
     @property

@@ -6,6 +6,7 @@ Values: ``w = code * SCB / 127``; ``w = quant_map[code] * absmax``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from typing import Any, Final
 
@@ -62,7 +63,14 @@ class Bitsandbytes:
                 parts = named_parts(sorter.tensors, path, ("weight", "SCB"))
                 sorter.make(path, parts, lambda path, parts: _int8_layer(sorter, path, parts))
             elif _STATE in name:
-                _read_table(sorter, name)
+                weight = name.partition(_STATE)[0]
+                path = weight.removesuffix(".weight")
+                parts = named_parts(sorter.tensors, weight, _ROLES)
+                if weight in sorter.tensors:
+                    parts["weight"] = sorter.tensors[weight]
+                sorter.drop(name, "says how the codes are stored")
+                sorter.claim((part.name for part in parts.values()), path)
+                sorter.make(path, parts, partial(_table, sorter, name))
         if not sorter.quantized:
             message = "says bitsandbytes, but no tensor ends in .SCB or has a quant_state"
             sorter.no_layer("config.json: quantization_config", message)
@@ -94,30 +102,22 @@ def _int8_layer(sorter: TensorSorter, path: str, tensors: Tensors) -> SourceLaye
     return integer_layer(sorter, path, parts, shape, packing, tool="bitsandbytes")
 
 
-def _read_table(sorter: TensorSorter, name: str) -> None:
-    weight_name, _, kind = name.partition(_STATE)
-    path = weight_name.removesuffix(".weight")
-    tensors, before = sorter.tensors, len(sorter.problems)
-    sorter.drop(name, "says how the codes are stored")
-    parts = named_parts(tensors, weight_name, _ROLES)
-    sorter.claim([weight_name, *(part.name for part in parts.values())], path)
-    state = _state(sorter, name)
-    weight = tensors.get(weight_name)
+def _table(sorter: TensorSorter, name: str, path: str, parts: Tensors) -> SourceLayer | None:
+    """The layer that the quant_state ``name`` describes."""
+    before, (weight_name, _, kind) = len(sorter.problems), name.partition(_STATE)
+    state, weight = _state(sorter, name), parts.get("weight")
     if weight is None:
         sorter.problem(name, f"describes {weight_name}, which is missing")
     if kind not in _TABLES:
         sorter.problem(name, f"is of type {format_value(kind)}; known are {', '.join(_TABLES)}")
     if state is None or weight is None or len(sorter.problems) > before:
-        return
-    packing = _table(sorter, state, weight, parts)
-    if packing is None or len(sorter.problems) > before:
-        return
+        return None
+    packing = _table_packing(sorter, state, weight, parts)
     dtype = scale_dtype(DTYPE_WORDS.get(str(state.get("dtype")), "F32"), sorter.dtype)
     stored = f"bitsandbytes {kind}{' with nested absmax' * bool(packing.nested_block)}"
-    needed = packing.required_rects(0, 1)
-    used = {"weight": weight} | {role: parts[role] for role in needed if role in parts}
+    used = {role: parts[role] for role in packing.required_rects(0, 1) if role in parts}
     shape = tuple(state["shape"])
-    sorter.add(packed_layer(path, used, shape, packing, dtype=dtype, stored=stored, reason=_REASON))
+    return packed_layer(path, used, shape, packing, dtype=dtype, stored=stored, reason=_REASON)
 
 
 def _state(sorter: TensorSorter, name: str) -> Mapping[str, Any] | None:
@@ -137,14 +137,9 @@ def _state(sorter: TensorSorter, name: str) -> Mapping[str, Any] | None:
     return state
 
 
-def _is_float32(value: Any) -> bool:
-    """Whether it is a number that float32 holds, rounded."""
-    return isinstance(value, int | float) and abs(value) < 2**127
-
-
-def _table(
+def _table_packing(
     sorter: TensorSorter, state: Mapping[str, Any], weight: SourceTensor, parts: Tensors
-) -> BnbTable | None:
+) -> BnbTable:
     """The packing, once every tensor has the dtype and size that the state demands."""
     *leading, columns = state["shape"]
     rows, block = prod(leading), state["blocksize"]
@@ -153,18 +148,19 @@ def _table(
     if weight.info.nbytes != -(-nbytes // storage) * storage or weight.info.shape[-1:] != (1,):
         elements = -(-nbytes // storage)
         expected = f"[{elements}, 1] of {weight.info.dtype} for {state['shape']}"
-        sorter.problem(weight.name, f"{weight.info}, expected {expected}, two codes a byte")
-        return None
+        raise unexpected(weight, f"{expected}, two codes a byte")
     blocks = -(-rows * columns // block)
     offset = state.get("nested_offset")
     wanted = {"absmax": ("F32", blocks), "quant_map": ("F32", 16)}
     nested = state.get("nested_blocksize", 0)
     if offset is not None or nested != 0:
-        if not is_count(nested) or not _is_float32(offset):
-            message = f"its quant_state gives nested_blocksize {format_value(nested)} and "
-            message += f"nested_offset {format_value(offset)}, expected two numbers"
-            sorter.problem(weight.name, message)
-            return None
+        in_float32 = isinstance(offset, int | float) and abs(offset) < 2**127
+        if not is_count(nested) or not in_float32:
+            raise LayerError(
+                weight.name,
+                f"its quant_state gives nested_blocksize {format_value(nested)} and nested_offset "
+                f"{format_value(offset)}, expected two numbers",
+            )
         wanted |= {
             "absmax": ("U8", blocks),
             "nested_absmax": ("F32", -(-blocks // nested)),

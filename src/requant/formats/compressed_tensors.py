@@ -17,10 +17,9 @@ from requant.core.dtypes import FLOATS
 from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import SourceLayer, SourceLayout, Tensors, scale_dtype
 from requant.formats.compressed_tensors_config import CtConfig, Scheme
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, mx_layer
 from requant.formats.integer_layers import groups_of, integer_layer, row_fields
 from requant.formats.layer_names import layer_names
-from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
@@ -101,8 +100,6 @@ class _Reader:
         named = [path for path, x in schemes if x.bits and not self.config.ignores(path)]
         sorter.note_dense(f"{self.config.where}.config_groups", named)
 
-    # -- one layer -----------------------------------------------------------------------
-
     def _stack(self, path: str, parts: Tensors) -> SourceLayer | None:
         """A layer; of a stack whose packed codes are stored ``(experts, in, out)``, by expert."""
         codes, scale = _codes(parts), parts.get("weight_scale")
@@ -142,13 +139,9 @@ class _Reader:
             message = f"{message}; {declared or 'it says nothing of this layer'}"
             raise LayerError(codes.name, message)
         if codes.info.dtype in FLOAT8:
-            return self._float8(path, codes, scale, scheme)
+            dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
+            return float8_stack(self.sorter, path, codes, scale, block=scheme.block, dtype=dtype)
         raise unexpected(codes, "I8 or F8_E4M3 codes")
-
-    def _report(self, where: str, message: str) -> None:
-        self.sorter.problem(where, message)
-
-    # -- integers ------------------------------------------------------------------------
 
     def _packed(self, path: str, parts: Tensors, scheme: Scheme) -> SourceLayer | None:
         *leading, n_out, _ = parts["weight_packed"].info.shape
@@ -282,7 +275,7 @@ class _Reader:
         scale = parts["weight_scale"]
         *leading, n_out, n_in = shape
         if scale.info.dtype not in FLOATS:
-            self._report(scale.name, f"{scale.info}, expected floats")
+            self.sorter.problem(scale.name, f"{scale.info}, expected floats")
             return None
         rows, groups = rows_with_one_scale(shape, scale.info.shape) or (0, 0)
         declared_group = scheme.group_size
@@ -292,13 +285,13 @@ class _Reader:
         fits = by_row and groups > 0
         if fits and declared_group is not None:
             fits = groups == -(-n_in // declared_group)
-        if fits and declared_group is not None:
-            return declared_group
+            if fits:
+                return declared_group
         likely = groups_of(n_in, groups) if fits else []
         if len(likely) == 1:
             return likely[0]
         if likely:
-            self._report(
+            self.sorter.problem(
                 scale.name,
                 f"{scale.info} fits groups of {join_or(likely)} in {n_in} inputs; write the "
                 f"group_size of {path} into {self.config.where or 'a quantization_config'}",
@@ -307,7 +300,7 @@ class _Reader:
         expected = -(-n_in // declared_group) if declared_group else 1
         where = f" ({scheme.where}: group_size {declared_group})" if declared_group else ""
         wanted = [*leading, n_out, expected]
-        self._report(scale.name, f"{scale.info}, expected {wanted} for {list(shape)}{where}")
+        self.sorter.problem(scale.name, f"{scale.info}, expected {wanted} for {list(shape)}{where}")
         return None
 
     def _zeros(self, path: str, parts: Tensors, scheme: Scheme, width: _Width) -> Zeros | None:
@@ -316,7 +309,7 @@ class _Reader:
         if points is None:
             if scheme.symmetric is False:
                 message = f"has no weight_zero_point, but {scheme.where} is not symmetric"
-                self._report(path, message)
+                self.sorter.problem(path, message)
                 return None
             return Zeros.MIDDLE
         if points.info.dtype == "I8" and points.info.shape == scale.shape:
@@ -329,7 +322,9 @@ class _Reader:
             if points.info.dtype in _WORDS and points.info.shape == shape:
                 return Zeros.PACKED
             expected = f"I32 {list(shape)} or {expected}"
-        self._report(points.name, f"{points.info}, expected {expected} for {width.bits} bits")
+        self.sorter.problem(
+            points.name, f"{points.info}, expected {expected} for {width.bits} bits"
+        )
         return None
 
     def _act_order(self, path: str, parts: Tensors, n_in: int, group: int, scheme: Scheme) -> bool:
@@ -351,14 +346,6 @@ class _Reader:
             message = f"names groups {of.min()} to {of.max()}, but there are {groups}"
             raise LayerError(index.name, message)
         return bool((of != np.arange(n_in) // group).any())
-
-    # -- floats --------------------------------------------------------------------------
-
-    def _float8(
-        self, path: str, weight: SourceTensor, scale: SourceTensor, scheme: Scheme
-    ) -> SourceLayer:
-        dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
-        return float8_stack(self.sorter, path, weight, scale, block=scheme.block, dtype=dtype)
 
     def _small_floats(self, path: str, parts: Tensors) -> SourceLayer:
         """FP4 and FP6 in bytes: the ratio of bytes to scales tells which."""

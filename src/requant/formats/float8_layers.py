@@ -1,4 +1,7 @@
-"""FP8 layers of any tool: which tile of the weight a scale belongs to, and what MLX holds."""
+"""FP8 and MX layers of any tool: which part of a weight a scale belongs to, and what MLX holds.
+
+MXFP4, MXFP6 and MXFP8 have a scale of E8M0 for each 32 inputs, as in MLX.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,35 @@ from typing import Any
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import DefaultPolicy, SourceLayer
-from requant.formats.mx_layers import mx_layer
+from requant.formats.base import DefaultPolicy, SourceLayer, packed_layer
 from requant.formats.quantization_block import is_count
 from requant.formats.stacks import Experts, are_transposed
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
-from requant.packings.floats import MXFP8, Float8, exponent_bytes
+from requant.packings.floats import MXFP8, Float8, MxBlocks, Mxfp6Blocks, exponent_bytes
 
 # mx.load gives E4M3 as plain bytes.
 FLOAT8 = ("F8_E4M3", "F8_E4M3FNUZ", "U8")
 EXPONENTS = ("U8", "F8_E8M0")
 SCALES = ("F32", "BF16", "F16", *EXPONENTS)
 _USUAL_TILES = ((1, 32), (128, 128), (32, 32))
+
+
+def mx_layer(
+    path: str, weight: SourceTensor, scale: SourceTensor, dtype: str, bits: int, element: str = ""
+) -> SourceLayer:
+    """Describe a layer of bytes ``(..., out, in * bits / 8)`` with scales ``(..., out, in / 32)``.
+
+    Elements of 6 bits are "e2m3" or "e3m2"; ``dtype`` is that of the decoded values.
+    """
+    *leading, n_out, nbytes = weight.info.shape
+    rows, n_in = prod(leading) * n_out, nbytes * 8 // bits
+    packing = (
+        Mxfp6Blocks(rows, n_in, n_out, element)
+        if bits == 6
+        else MxBlocks(rows, n_in, n_out, bits, nbytes)
+    )
+    parts, stored = {"weight": weight, "scale": scale}, f"mxfp{bits} {element}".rstrip()
+    return packed_layer(path, parts, (*leading, n_out, n_in), packing, dtype=dtype, stored=stored)
 
 
 def block_pair(value: Any) -> tuple[int, int] | None:
@@ -130,14 +150,10 @@ def float8_stack(
 ) -> SourceLayer:
     """Describe an FP8 layer, or a stack of them, by the shapes of its weight and scale.
 
-    Args:
-        sorter: Of the checkpoint.
-        path: Layer path.
-        weight: FP8 ``(..., out, in)``, or a stack ``(experts, in, out)``.
-        scale: As in ``tile_of``; of a transposed stack with its axes exchanged, or one an output.
-        block: The tile that the config names.
-        dtype: Header name of the decoded values' dtype; "" for the model's.
-        transposed: Whether the tool stores ``(experts, in, out)``, as shapes may say too.
+    ``weight`` is FP8 ``(..., out, in)``, or a stack ``(experts, in, out)``, which the tool says
+    (``transposed``) or the shapes do; ``scale`` is as in ``tile_of``, of such a stack with its axes
+    exchanged, or one an output. ``block`` is the tile that the config names, ``dtype`` that of the
+    decoded values; "" for the model's.
 
     Raises:
         LayerError: The scales fit no tiling.

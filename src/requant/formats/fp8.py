@@ -5,17 +5,17 @@ Value: ``w = e4m3 * scale``; what DeepSeek calls ``weight_scale_inv`` is that fa
 
 from __future__ import annotations
 
+from functools import partial
+
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, block_pair, float8_stack
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, block_pair, float8_stack, mx_layer
 from requant.formats.layer_names import layer_names
-from requant.formats.mx_layers import mx_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.text import format_value
 
 _METHODS = ("fp8", "mxfp8", "fbgemm_fp8")
-_SCALE = "weight_scale"
 
 
 class Fp8:
@@ -32,7 +32,7 @@ class Fp8:
             return f"{block.where}: quant_method {block.method}" if known else None
         parts = layer_names(checkpoint.tensors).tensors
         for name, tensor in parts.items():
-            scale, dtype = parts.get(f"{_path(name)}.{_SCALE}"), tensor.info.dtype
+            scale, dtype = parts.get(f"{name}_scale"), tensor.info.dtype
             if not name.endswith(".weight") or scale is None:
                 continue
             # Plain bytes are FP8 to mx.load; next to a weight_scale other codes are bytes too.
@@ -46,17 +46,13 @@ class Fp8:
         block = _block(found, sorter)
         fbgemm = found is not None and found.method == "fbgemm_fp8"
         for name, tensor in sorter.parts.items():
-            path = _path(name)
-            scale = sorter.parts.get(f"{path}.{_SCALE}") if name.endswith(".weight") else None
+            scale = sorter.parts.get(f"{name}_scale") if name.endswith(".weight") else None
             if scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
                 parts = {"weight": tensor, "weight_scale": scale}
-                sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, block, fbgemm))
+                make = partial(_layer, sorter, block, fbgemm)
+                sorter.make(name.removesuffix(".weight"), parts, make)
         sorter.drop_runtime_scales()
         return sorter.layout()
-
-
-def _path(name: str) -> str:
-    return name.removesuffix(".weight")
 
 
 def _block(found: QuantizationBlock | None, sorter: TensorSorter) -> tuple[int, int] | None:
@@ -71,7 +67,7 @@ def _block(found: QuantizationBlock | None, sorter: TensorSorter) -> tuple[int, 
 
 
 def _layer(
-    sorter: TensorSorter, path: str, parts: Tensors, block: tuple[int, int] | None, fbgemm: bool
+    sorter: TensorSorter, block: tuple[int, int] | None, fbgemm: bool, path: str, parts: Tensors
 ) -> SourceLayer:
     weight, scale = parts["weight"], parts["weight_scale"]
     shape = weight.info.shape

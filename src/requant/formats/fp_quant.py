@@ -15,7 +15,7 @@ from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.dtypes import KERNEL_FLOATS
 from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import SourceLayer, SourceLayout, Tensors, fallback_for, named_parts
-from requant.formats.mx_layers import mx_layer
+from requant.formats.float8_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.quantization_block import (
     QuantizationBlock,

@@ -27,8 +27,8 @@ from requant.formats.base import (
 from requant.kernels import cast as values
 from requant.kernels.gguf import TYPES, BlockType, values_into, words_into
 from requant.packings.base import (
+    EXACT,
     Array,
-    Exactness,
     Fidelity,
     MatrixPacking,
     Packing,
@@ -187,7 +187,7 @@ class GgufBlocks(_GgufRows):
         name, encoding = self.kind.name, self.encoding
         affine = encoding is not None and encoding.mode is QuantMode.AFFINE
         if not affine or dtype == "F32" or (dtype == "F16" and name in _HALVES):
-            return Fidelity(Exactness.EXACT)
+            return EXACT
         more = ", twice that where a bias follows from its scale"
         return rounded("scales and biases", dtype, more)
 
@@ -233,21 +233,13 @@ class Gguf:
         layers: list[SourceLayer] = []
         problems: list[Problem] = []
         for name, tensor in checkpoint.tensors.items():
-            owner = _owner(name, model)
-            if owner is None:
+            path, _, role = name.rpartition(".")
+            scales = role in ("scale", "input_scale") and f"{path}.weight" in model.tensors
+            if not scales:
                 layers.append(_layer(tensor, model, checkpoint, problems))
-            elif name.endswith(".input_scale"):
+            elif role == "input_scale":
                 dropped.append((name, "MLX does not quantize activations"))
         return SourceLayout(tuple(layers), None, tuple(problems), tuple(dropped), notes=model.notes)
-
-
-def _owner(name: str, model: GgufModel) -> str | None:
-    """The tensor that a tensor scales, or None."""
-    path, _, role = name.rpartition(".")
-    if role not in ("scale", "input_scale"):
-        return None
-    weight = f"{path}.weight"
-    return weight if weight in model.tensors else None
 
 
 def _layer(
@@ -259,7 +251,8 @@ def _layer(
     matrix = leading[-1] if leading else 1
     parts = {"weight": tensor}
     is_weight = tensor.name.endswith(".weight")
-    scale = checkpoint.tensors.get(f"{_path(tensor.name)}.scale") if is_weight else None
+    path = tensor.name.removesuffix(".weight")
+    scale = checkpoint.tensors.get(f"{path}.scale") if is_weight else None
     scales = 0
     if scale is not None and _scales(checkpoint, scale, rows // matrix, problems):
         parts["tensor_scale"] = scale
@@ -283,7 +276,7 @@ def _layer(
         return _decoded(parts, stored, model.dtype, packing)
     kind = stored.kind.name
     layer = packed_layer(
-        _path(tensor.name), parts, stored.shape, packing, dtype=model.dtype, stored=f"gguf {kind}"
+        path, parts, stored.shape, packing, dtype=model.dtype, stored=f"gguf {kind}"
     )
     if packing.encoding is not None:
         return layer
@@ -332,7 +325,7 @@ def _plain(parts: Tensors, stored: GgufTensor, dtype: str, scales: int) -> Sourc
 def _decoded(parts: Tensors, stored: GgufTensor, dtype: str, packing: Packing) -> SourceLayer:
     name = parts["weight"].name
     return SourceLayer(
-        path=_path(name),
+        path=name.removesuffix(".weight"),
         parts=parts,
         encoding=None,
         shape=stored.shape,
@@ -340,7 +333,3 @@ def _decoded(parts: Tensors, stored: GgufTensor, dtype: str, packing: Packing) -
         packing=packing,
         name="" if name.endswith(".weight") else name,
     )
-
-
-def _path(name: str) -> str:
-    return name.removesuffix(".weight")

@@ -49,8 +49,6 @@ _DISPUTED = (
     "{} layers hold zeros stored as all ones, which readers of GPTQ version 1 take for 0 or for "
     "2^bits: taken for 0, as exllama does. The writer may have lost them; compare the outputs."
 )
-
-
 _VARIANTS: dict[type[IntegerPacking], str] = {
     **{AwqGemm: "gemm", RotatedGemm: "rotated", AwqGemv: "gemv"},
     **{AwqFast: "gemv_fast", Marlin: "marlin"},
@@ -115,9 +113,6 @@ class _Reader:
         rotation = None if rotated is None else rotation_entry(rotated.group, rotated.krot)
         return replace(layout, folds=tuple(folds), rotation=rotation)
 
-    def _report(self, where: str, message: str) -> None:
-        self.sorter.problem(where, message)
-
     def _parts(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with packed words."""
         tensors = self.sorter.parts
@@ -136,20 +131,20 @@ class _Reader:
 
     def _check_loose(self, tensor: SourceTensor, layers: Mapping[str, object]) -> None:
         """A tensor that belongs to no packed layer must make sense without one."""
-        name, info = tensor.name, tensor.info
+        name, info, report = tensor.name, tensor.info, self.sorter.problem
         path, _, role = name.rpartition(".")
         if is_shared_rotation(name):
-            self._report(name, f"is a rotation that experts share, but {path} has none to rotate")
+            report(name, f"is a rotation that experts share, but {path} has none to rotate")
         elif role in ROTATION:
-            self._report(name, f"{info} has no {path}.qweight next to it")
+            report(name, f"{info} has no {path}.qweight next to it")
         elif role == "scales" and len(info.shape) == 1:
-            self._report(
+            report(
                 name,
                 f"{info} divides an activation at run time (AutoAWQ's ScaledActivation); no layer "
                 "of MLX does that, so the weights alone are not the model",
             )
         elif role in ("lora_A", "lora_B") or "lora_A." in name or "lora_B." in name:
-            self._report(name, "is an adapter next to the weights; merge it into the model first")
+            report(name, "is an adapter next to the weights; merge it into the model first")
 
     def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
         """One packed layer, or None with its problems reported."""

@@ -87,8 +87,6 @@ class Layouts:
         llm_awq = self.found.word("backend") == "llm-awq"
         return llm_awq and {layout, expected} == {"gemv", "gemv_fast"}
 
-    # -- one layout each -----------------------------------------------------------------
-
     def _gemm(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         n_in, width = infos["qweight"].shape
         groups, rows = infos["scales"].shape
@@ -241,8 +239,6 @@ class Layouts:
         stored = stored.reshape(-1, stored.shape[-1])
         fields = stream_codes(stored, packing.bits, packing.rows)
         return bool((fields == (1 << packing.bits) - 1).any())
-
-    # -- checks that layouts share -------------------------------------------------------
 
     def _bits(
         self, path: str, row_bits: int, rows: int, rule: LayerRule, known: Iterable[int]

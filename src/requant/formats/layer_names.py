@@ -29,17 +29,12 @@ from requant.packings.experts import StackedExperts
 # What ends the name of codes -> role. The stacks of fused experts have no module of their own,
 # so that their tensors are joined with "_", or are the path itself.
 _DOTTED: Final = {
-    ".weight": "weight",
-    ".weight_packed": "weight_packed",
-    ".packed": "weight_packed",
-    ".qweight": "qweight",
+    **dict.fromkeys((".weight_packed", ".packed"), "weight_packed"),
+    **{".weight": "weight", ".qweight": "qweight"},
 }
-_JOINED: Final = {
-    "_weight_packed": "weight_packed",
-    "_packed": "weight_packed",
-    "_qweight": "qweight",
-    "_weight": "weight",
-    "": "weight",
+_JOINED: Final = {  # the first that fits counts
+    **dict.fromkeys(("_weight_packed", "_packed"), "weight_packed"),
+    **{"_qweight": "qweight", "_weight": "weight", "": "weight"},
 }
 _OF_WORDS: Final = {  # next to qweight: AWQ and GPTQ
     **dict.fromkeys(("scale", "scales"), "scales"),

@@ -19,8 +19,8 @@ from requant.formats.integer_layers import integer_layer
 from requant.formats.quantization_block import claim_by_method, find_quantization_block
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.base import (
+    EXACT,
     Array,
-    Exactness,
     Fidelity,
     IntegerPacking,
     Parts,
@@ -64,9 +64,8 @@ class Metal(IntegerPacking):
         affine_into(codes, parts["scales"], parts["qbiases"], self.group, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
-        if not is_narrower(dtype, self.scale_dtype):
-            return Fidelity(Exactness.EXACT)
-        return rounded("scales and biases", dtype)
+        rounds = is_narrower(dtype, self.scale_dtype)
+        return rounded("scales and biases", dtype) if rounds else EXACT
 
 
 class MetalFormat:

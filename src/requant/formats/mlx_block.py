@@ -16,7 +16,7 @@ from requant.checkpoints.folder_files import CONFIG
 from requant.core.dtypes import KERNEL_FLOATS
 from requant.errors import ParseError, Problem
 from requant.formats.base import Tensors, describe_encoding
-from requant.formats.quantization_block import is_mlx_block, sections
+from requant.formats.quantization_block import as_table, is_mlx_block, sections
 from requant.quantization.config import (
     RESERVED_KEYS,
     SKIP,
@@ -97,13 +97,10 @@ def find_block(checkpoint: Checkpoint) -> tuple[str, Any]:
         if block is not None and (not keys or is_mlx_block(block)):
             return where, block
         block = section.get("quantization_config")
-        if isinstance(block, Mapping) and _is_of_mlx(block):
+        table = as_table(block)
+        if "bits" in table and table.get("quant_method") in (None, "mlx"):
             return f"{where}_config", block
     return f"{CONFIG}: quantization", None
-
-
-def _is_of_mlx(block: Mapping[str, Any]) -> bool:
-    return "bits" in block and block.get("quant_method") in (None, "mlx")
 
 
 def _bare(path: str) -> str:

@@ -9,10 +9,9 @@ from typing import ClassVar
 from requant.checkpoints.checkpoint import SourceTensor
 from requant.core.dtypes import KERNEL_FLOATS
 from requant.formats.base import SourceLayer, Tensors
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, tile_of
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, mx_layer, tile_of
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer, row_fields
-from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected

@@ -42,14 +42,9 @@ def nvfp4_layer(
     The tensor scale folds into the group scales where each product is an E4M3 number again.
     Only a power of two can do that for all of them, so the group scales are read for no other.
 
-    Args:
-        sorter: Of the checkpoint.
-        path: Layer path.
-        weight: Bytes ``(..., out, in / 2)``.
-        scale: E4M3 ``(..., out, in / 16)``.
-        tensor_scale: One number, one for each matrix, or for stacks one each for gate and up,
-            ``(experts, 2)``; None where there is none.
-        divides: Whether group scales are divided by it, as compressed-tensors does.
+    ``weight`` is bytes ``(..., out, in / 2)``, ``scale`` E4M3 ``(..., out, in / 16)``, and
+    ``tensor_scale`` one number, one for each matrix, or for stacks one each for gate and up,
+    ``(experts, 2)``. Group scales are multiplied with it, or divided as in compressed-tensors.
 
     Raises:
         LayerError: The tensor scale is not what it should be.

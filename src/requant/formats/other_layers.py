@@ -128,8 +128,6 @@ class _Step:
                 inside.setdefault(each, set()).add(name)
         return inside
 
-    # -- readings ------------------------------------------------------------------------
-
     def _by_format(self, checkpoint: Checkpoint) -> SourceLayout:
         """Read by the format; plain bytes are FP8 only where the config calls them so."""
         layout = self.known.read(checkpoint)
@@ -246,8 +244,6 @@ class _Step:
         own = OWN_NAMES.get(self.known.name, ())
         return not any(f"{layer.path}{ending}" in names for ending in own)
 
-    # -- what is said --------------------------------------------------------------------
-
     def _why(self, layer: SourceLayer) -> str:
         """Return what the format said of a layer that it rejected."""
         names = self._names_of(layer.path) | {layer.path}
@@ -295,8 +291,6 @@ class _Step:
         return isinstance(declared, str) and (
             declared.lower().startswith("int") is isinstance(layer.packing, IntegerPacking)
         )
-
-    # -- the whole -----------------------------------------------------------------------
 
     def joined(self) -> SourceLayout:
         """The layers that the format reads of the rest, and those taken, in the order of bytes."""

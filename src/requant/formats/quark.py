@@ -10,9 +10,8 @@ from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS, KERNEL_FLOATS
 from requant.core.regex import Wildcards
 from requant.formats.base import SourceLayer, SourceLayout, Tensors, packed_layer
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, block_pair, float8_stack
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, block_pair, float8_stack, mx_layer
 from requant.formats.integer_layers import integer_layer
-from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.quantization_block import (
     as_table,

@@ -15,10 +15,9 @@ from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import KERNEL_FLOATS
 from requant.core.strict_json import parse_json_object
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, tile_of
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, mx_layer, tile_of
 from requant.formats.input_scaled import input_scaled
 from requant.formats.integer_layers import integer_layer, row_fields
-from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.quantization_block import (
     QuantizationBlock,
@@ -104,12 +103,10 @@ class _Reader:
             raise LayerError(where, f"does not describe a tensor: {why}")
         names = declared.get("_tensor_data_names")
         if isinstance(names, list):
-            missing = [name for name in names if str(name) not in tensors]
-            if missing:
-                absent = f"{path}.{_PREFIX}{missing[0]}"
-                raise LayerError(
-                    where, f"names {format_value(missing[0])}, but {absent} is missing"
-                )
+            for name in names:
+                if str(name) not in tensors:
+                    absent = f"{path}.{_PREFIX}{name}"
+                    raise LayerError(where, f"names {format_value(name)}, but {absent} is missing")
         return declared["_type"], data
 
     def _guessed(self, path: str, tensors: Tensors) -> tuple[str, Mapping[str, Any]]:

@@ -118,8 +118,6 @@ class _Unclaimed:
         )
         return Note(NoteCode.FINAL_SCALES, text)
 
-    # -- codes, and floats next to a scale ---------------------------------------------------
-
     def _of_codes(self) -> Iterator[Problem]:
         scales = []
         for name, tensor in self.tensors.items():
@@ -208,8 +206,6 @@ class _Unclaimed:
             return message
         block = '{"quant_method": "compressed-tensors", "quantization_status": "frozen"}'
         return f"{message}, or say so in config.json: quantization_config: {block}"
-
-    # -- scales of nothing -----------------------------------------------------------------
 
     def _of_scales(self) -> Iterator[Problem]:
         """A scale whose codes are missing, or are read without it."""

@@ -19,6 +19,7 @@ from requant.kernels import cast as values
 from requant.kernels import quantize as native
 from requant.kernels import repack
 from requant.packings.base import (
+    EXACT,
     Array,
     Exactness,
     Fidelity,
@@ -69,9 +70,8 @@ class MlxRows(Packing):
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Exact where no scale and no bias rounds."""
-        if any(is_narrower(dtype, stored) for stored in self.scale_dtypes):
-            return Fidelity(Exactness.ROUNDED)
-        return Fidelity(Exactness.EXACT)
+        rounds = any(is_narrower(dtype, stored) for stored in self.scale_dtypes)
+        return Fidelity(Exactness.ROUNDED) if rounds else EXACT
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,17 @@ class Widened(WrappedPacking):
         times = self.encoding.group_size // self.target.group_size
         if times > 1:
             for role in out.keys() - {"weight"}:
-                narrow[role] = _like(out[role], rows, times, f"narrow {role}", scratch)
+                groups, size = out[role].shape[1] // times, out[role].itemsize
+                room = scratch.take(f"narrow {role}", "U8", rows, groups * size)
+                narrow[role] = room.reshape(-1).view(out[role].dtype).reshape(rows, groups)
         self.layer.repack(parts, start, stop, narrow, scratch)
         if narrow["weight"] is not out["weight"]:
             self._widen(narrow["weight"], out["weight"], scratch)
         for role in out.keys() - {"weight"}:
             if narrow[role] is not out[role]:
                 bits = f"u{out[role].itemsize}"  # NumPy copies integers faster than bfloat16
-                groups = out[role].view(bits).reshape(rows, -1, times)
-                groups[:] = narrow[role].view(bits)[:, :, None]
+                repeated = out[role].view(bits).reshape(rows, -1, times)
+                repeated[:] = narrow[role].view(bits)[:, :, None]
 
     def _widen(self, words: Array, out: Array, scratch: Scratch) -> None:
         codes = scratch.take("wide codes", "U8", out.shape[0], self.columns)
@@ -146,13 +148,6 @@ class Widened(WrappedPacking):
             "encoding": self.encoding.to_dict(),
             "target": self.target.to_dict(),
         }
-
-
-def _like(out: Array, rows: int, times: int, role: str, scratch: Scratch) -> Array:
-    """Room for the scales of groups that are ``times`` as large."""
-    shape = (rows, out.shape[1] // times)
-    room = scratch.take(role, "U8", rows, shape[1] * out.itemsize)
-    return room.reshape(-1).view(out.dtype).reshape(shape)
 
 
 def widened(packing: Packing, encoding: Quantization, target: Quantization) -> Packing:

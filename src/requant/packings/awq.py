@@ -13,8 +13,8 @@ import numpy as np
 
 from requant.kernels import repack
 from requant.packings.base import (
+    EXACT,
     Array,
-    Exactness,
     Fidelity,
     IntegerPacking,
     Parts,
@@ -149,9 +149,8 @@ class AwqFast(_FourBits):
 
     def fidelity(self, dtype: str) -> Fidelity:
         """The biases are stored: only another dtype rounds them."""
-        if dtype == self.scale_dtype or dtype == "F32":
-            return Fidelity(Exactness.EXACT)
-        return super().fidelity(dtype)
+        exact = dtype in (self.scale_dtype, "F32")
+        return EXACT if exact else super().fidelity(dtype)
 
 
 @dataclass(frozen=True)

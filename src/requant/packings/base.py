@@ -46,6 +46,9 @@ class Fidelity:
     bound: str = ""
 
 
+EXACT = Fidelity(Exactness.EXACT)
+
+
 @dataclass(frozen=True, slots=True)
 class Rect:
     """A rectangle of a tensor seen as a matrix of its last axis (a vector is one row)."""
@@ -73,27 +76,21 @@ class Scratch(Protocol):
 
 
 class Packing(ABC):
-    """Rows of one layer; the experts of a stack count as further rows.
+    """Rows of one layer; the experts of a stack count as further rows."""
 
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Logical values in a row.
-        matrix_rows: Output rows of one matrix; a range of rows never crosses two.
-        row_unit: A range of rows starts at a multiple of this within its matrix, and ends
-            at one or at the matrix's end.
-        strided: Whether a range of rows is spread over the whole tensor, so that few large
-            ranges are read faster than many small ones.
-        holds_codes: Whether values are quantized; else they are only in another order or dtype.
-    """
-
-    rows: int
-    columns: int
+    rows: int  # output rows, experts included
+    columns: int  # logical values in a row
+    # a range of rows starts at a multiple of this within its matrix, and ends at one or at the
+    # matrix's end
     row_unit: ClassVar[int] = 1
+    # whether a range of rows is spread over the whole tensor, so that few large ranges are read
+    # faster than many small ones
     strided: ClassVar[bool] = False
-    holds_codes: ClassVar[bool] = True
+    holds_codes: ClassVar[bool] = True  # else values are only in another order or dtype
 
     @property
     def matrix_rows(self) -> int:
+        """Output rows of one matrix; a range of rows never crosses two."""
         return self.rows
 
     @property
@@ -120,7 +117,7 @@ class Packing(ABC):
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Return how exact ``repack`` is when scales and biases are stored as ``dtype``."""
-        return Fidelity(Exactness.EXACT)
+        return EXACT
 
     def to_dict(self) -> dict[str, Any]:
         """The packing as JSON data; equal packings give equal data."""
@@ -296,7 +293,7 @@ class IntegerPacking(Packing):
         if is_narrower(dtype, self.scale_dtype):
             return rounded("scales", dtype, f"; biases {steps}")
         if self.symmetric or kept + self.bits <= precision:
-            return Fidelity(Exactness.EXACT)
+            return EXACT
         return Fidelity(Exactness.ROUNDED, f"biases rounded to {DTYPE_NAME[dtype]}, {steps}")
 
     def _group_of(self, groups: int) -> Array:
@@ -332,12 +329,9 @@ def _check_symmetric(zeros: Array, bits: int) -> None:
 
 
 def stream_codes(words: Array, bits: int, count: int) -> Array:
-    """Unpack rows of one little-endian bit stream into ``count`` codes, uint8.
+    """Unpack rows of one little-endian bit stream into ``count`` codes of 1 to 8 bits, uint8.
 
-    Args:
-        words: Integers of any width, ``(rows, n)``; a row is C-contiguous.
-        bits: Bits a code, 1 to 8.
-        count: Codes to give back; the stream may end within a word.
+    ``words`` are integers of any width, ``(rows, n)``; the stream may end within a word.
     """
     rows = words.shape[0]
     stream = np.ascontiguousarray(words).view(np.uint8).reshape(rows, -1)

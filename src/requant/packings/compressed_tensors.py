@@ -88,10 +88,6 @@ class CtPacked(_CtInteger):
 
     padded: bool  # whether a word holds whole codes only (before version 0.18)
 
-    @property
-    def _row_words(self) -> int:
-        return packed_words(self.columns, self.bits, self.padded)
-
     def _zero_rows(self, start: int, stop: int) -> tuple[int, int]:
         """The words along the rows that hold the zeros of these rows of one matrix."""
         if self.padded:
@@ -102,7 +98,8 @@ class CtPacked(_CtInteger):
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         cuts = {**super().required_rects(start, stop)}
-        cuts["weight_packed"] = Rect((start, stop), (0, self._row_words))
+        words = packed_words(self.columns, self.bits, self.padded)
+        cuts["weight_packed"] = Rect((start, stop), (0, words))
         if self.zero_points is Zeros.PACKED:
             expert, within = divmod(start, self.matrix)
             first, last = self._zero_rows(within, within + stop - start)

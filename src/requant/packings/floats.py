@@ -130,12 +130,6 @@ class Float8(MatrixPacking):
             "scale": flat_cut(first * across, last * across, self.scale_width),
         }
 
-    def _down(self, start: int, stop: int) -> Array:
-        """The index of each row's tile row, counted from the first that was read."""
-        first = start % self.matrix
-        rows = np.arange(first, first + stop - start) // self.tile[0]
-        return np.asarray(rows - rows[0])
-
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         out["weight"][:] = _as_float8(parts["weight"]).view(np.uint32)
         found = exponent_bytes(parts["scale"])
@@ -143,7 +137,9 @@ class Float8(MatrixPacking):
             raise InvariantError("its scales are not powers of two any more: the source changed")
         groups = np.arange(self.columns // 32) * 32 // self.tile[1]
         tiles = check_exponents(found).reshape(-1, self.grid[1])
-        out["scales"][:] = tiles[:, groups][self._down(start, stop)]
+        first = start % self.matrix
+        down = np.arange(first, first + stop - start) // self.tile[0]
+        out["scales"][:] = tiles[:, groups][down - down[0]]  # counted from the first that was read
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``byte * scale`` in float32, rounded once."""

@@ -20,6 +20,7 @@ from requant.kernels.decode import integer_values_into
 from requant.kernels.repack import HQQ, RowBlocks
 from requant.packings.base import (
     DTYPE_NAME,
+    EXACT,
     PRECISION,
     Array,
     Exactness,
@@ -135,7 +136,7 @@ class HqqRows(IntegerPacking):
             return rounded("scales", dtype, f"; then {steps}")
         wanted = PRECISION.get(self.scale_dtype, 53) + PRECISION.get(self.zero_dtype, 53)
         if wanted <= PRECISION[dtype]:
-            return Fidelity(Exactness.EXACT)
+            return EXACT
         return Fidelity(Exactness.ROUNDED, f"rounded to {DTYPE_NAME[dtype]}: {steps}")
 
 

@@ -58,14 +58,9 @@ def read_rotation(
 ) -> int | None:
     """Check the three tensors of a rotation; returns its rounds, or None with problems.
 
-    Args:
-        checkpoint: For the pairs and angles: a round must pair each input of a group once.
-        path: The layer's.
-        tensors: By role: ``theta`` floats ``[krot, in / 2]``, ``pairs`` int16 ``[krot, in]``,
-            counted within a group, ``channel_scales`` floats ``[1, in]`` or ``[in]``.
-        n_in: Inputs of the layer.
-        group: Inputs that are rotated together.
-        problems: Filled.
+    ``tensors`` are ``theta`` floats ``[krot, in / 2]``, ``pairs`` int16 ``[krot, in]``, counted
+    within a group, and ``channel_scales`` floats ``[1, in]`` or ``[in]``. A round must pair each
+    input of a ``group`` once.
     """
     before = len(problems)
     krot = _rounds(tensors)
