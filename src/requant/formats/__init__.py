@@ -3,23 +3,28 @@
 A *format* claims a checkpoint and sorts its tensors into layers (``base.Format``). A *packing*
 (``requant.packings``) says how the rows of a layer are computed from its tensors. ::
 
-    format                            modules
+    format                            modules, in the order in which a folder is read
+    mlx                               mlx, mlx_block
     awq, gptq, auto-round, paroquant  gptq_awq, gptq_awq_config, gptq_awq_rules, gptq_awq_layouts,
                                       gptq_act_order
-    mlx                               mlx, mlx_block
     compressed-tensors                compressed_tensors, compressed_tensors_config
     modelopt                          modelopt, modelopt_layers
-    every other                       the module of its name; of other packages: plugins
+    those with a module each          gguf, fp8, mxfp4, hqq, bitsandbytes, bitnet, metal, fp_quant,
+                                      quark, torchao
+    formats of other packages         plugins
+    what no format claims             dense
 
-Formats share ``quantization_block`` (the block of the config), ``tensor_sorter`` (tensors into
-layers), ``scale_names`` and ``layer_names`` (what tools call the parts of layers), ``stacks`` and
-``expert_shapes`` (fused experts), ``*_layers`` (layers of one kind of code, of any tool) and
-``input_scaled``. ``widening``, ``members`` and ``matrix_scales`` join layers of different kinds.
+Shared by several of them: ``base`` (what a format returns), ``quantization_block`` (the block of
+the config), ``tensor_sorter`` (tensors into layers, problems), ``scale_names`` and ``layer_names``
+(what tools call the parts of layers), ``stacks`` and ``expert_shapes`` (fused experts);
+``integer_layers``, ``float8_layers`` and ``nvfp4_layers`` (one kind of code, of any tool),
+``matrix_scales``, ``input_scaled`` (with a scale for each input), ``widening`` (codes in more bits
+or smaller groups) and ``members`` (layers of different kinds in one).
 
-Around every format: ``stale_blocks`` begins, ``empty_weights`` finds weights without values,
-``other_layers`` (with ``one_reading``, ``unread_qweights``, ``exclusions``) reads layers that the
-config does not describe, ``unclaimed`` and ``unsupported_stacks`` reject codes that no layer takes.
-``*_config`` and ``gptq_awq_rules`` read JSON only.
+Around every format: ``stale_blocks`` reads a checkpoint and finds blocks whose codes are gone;
+``empty_weights`` finds weights without values; ``other_layers``, with ``one_reading``,
+``unread_qweights`` and ``exclusions``, reads what the config does not describe; ``unclaimed``
+and ``unsupported_stacks`` reject codes that no layer takes.
 """
 
 from __future__ import annotations

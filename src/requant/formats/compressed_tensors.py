@@ -113,7 +113,6 @@ class _Reader:
         return None if layer is None else experts.stack(layer)
 
     def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
-        """One layer by what its tensors say, or None with its problems reported."""
         codes, scale = _codes(parts), parts.get("weight_scale")
         if scale is None:
             others = ", ".join(sorted(parts.keys() - {"weight", "weight_packed"}))
@@ -211,7 +210,6 @@ class _Reader:
     def _fields(
         self, path: str, parts: Tensors, shape: tuple[int, ...], scheme: Scheme, width: _Width
     ) -> dict[str, Any] | None:
-        """The arguments that packed and plain codes have in common; None with problems."""
         group = self._group(path, parts, shape, scheme)
         zeros = self._zeros(path, parts, scheme, width)
         scale = parts["weight_scale"].info

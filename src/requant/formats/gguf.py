@@ -121,7 +121,6 @@ class GgufScaledValues(GgufValues):
         return super().required_rects(start, stop) | {"tensor_scale": scale}
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """The products in float32, rounded once."""
         _scaled_into(self.stored(parts).astype(np.float32), parts, out)
 
 

@@ -147,7 +147,6 @@ class _Reader:
             report(name, "is an adapter next to the weights; merge it into the model first")
 
     def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
-        """One packed layer, or None with its problems reported."""
         before = len(self.problems)
         # One that was never filled: some loaders leave it so.
         parts = {role: part for role, part in parts.items() if role != "g_idx" or part.info.size}

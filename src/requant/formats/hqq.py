@@ -123,7 +123,6 @@ class _Layer:
         self.declared = named_parts(sorter.tensors, path, _DECLARED)
 
     def read(self, path: str, parts: Tensors) -> SourceLayer | None:
-        """The layer, or None with its problems reported."""
         before = len(self.sorter.problems)
         self._check_parts()
         shape, axis = self._shape(), self._axis()

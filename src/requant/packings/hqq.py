@@ -168,7 +168,6 @@ class HqqColumns(Packing):
 
     @property
     def _width(self) -> int:
-        """Columns of the view."""
         return self.rows * self.columns // self.group
 
     @property

@@ -211,7 +211,6 @@ class RotatedTriple(Packing):
             rows[:] = parts[role]
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """The plain weight, in float32 and rounded once."""
         wide = scratch.take("rotated", "F32", stop - start, 4 * self.columns)
         tensors = native.QuantizedTensors.from_roles(parts)
         native.dequantize_into(tensors, self.encoding, wide)
