@@ -4,51 +4,27 @@ A *format* claims a checkpoint and sorts its tensors into layers (``base.Format`
 (``requant.packings``) says how the rows of a layer are computed from its tensors. ::
 
     format                            modules, in the order in which a folder is read
-    gguf                              gguf
     mlx                               mlx, mlx_block
     awq, gptq, auto-round, paroquant  gptq_awq, gptq_awq_config, gptq_awq_rules, gptq_awq_layouts,
                                       gptq_act_order
     compressed-tensors                compressed_tensors, compressed_tensors_config
     modelopt                          modelopt, modelopt_layers
-    fp8                               fp8
-    mxfp4                             mxfp4
-    hqq                               hqq
-    bitsandbytes                      bitsandbytes
-    bitnet                            bitnet
-    metal                             metal
-    fp-quant                          fp_quant
-    quark                             quark
-    torchao                           torchao
+    those with a module each          gguf, fp8, mxfp4, hqq, bitsandbytes, bitnet, metal, fp_quant,
+                                      quark, torchao
     formats of other packages         plugins
-    dense: what no format claims      dense
+    what no format claims             dense
 
-Shared by several of them:
+Shared by several of them: ``base`` (what a format returns), ``quantization_block`` (the block of
+the config), ``tensor_sorter`` (tensors into layers, problems), ``scale_names`` and ``layer_names``
+(what tools call the parts of layers), ``stacks`` and ``expert_shapes`` (fused experts);
+``integer_layers``, ``float8_layers`` and ``nvfp4_layers`` (one kind of code, of any tool),
+``matrix_scales``, ``input_scaled`` (with a scale for each input), ``widening`` (codes in more bits
+or smaller groups) and ``members`` (layers of different kinds in one).
 
-* ``base``: what a format returns: layers, their parts and encodings;
-* ``quantization_block``: the quantization block of the config, wherever a tool writes it;
-* ``tensor_sorter``: sorts tensors into layers, collects problems and what is left out;
-* ``scale_names``: what tools call scales and zero points; ``layer_names``: tensors of layers and
-  stacks by role, whatever they are called;
-* ``stacks``: experts that a reader knows one by one, or that are stored transposed;
-  ``expert_shapes``: which way the matrices of fused experts are stored;
-* ``integer_layers``, ``float8_layers``, ``mx_layers``, ``nvfp4_layers``: layers of one kind of
-  code, of any tool; ``matrix_scales``: one scale for each matrix of a stack; ``input_scaled``:
-  any of them with a scale for each input;
-* ``widening``: codes of any layer in more bits or smaller groups; ``members``: layers of
-  different kinds in one (experts of a stack).
-
-Around every format:
-
-* ``stale_blocks``: reads a checkpoint with its format; a block whose codes are gone;
-  ``empty_weights``: weights without values;
-* ``other_layers``: layers of another kind than the format that claims the folder, each read by
-  its tensors where ``one_reading`` finds one possible reading; ``unread_qweights``: those with a
-  qweight; ``exclusions``: layers that a config calls dense and that are not;
-* ``unclaimed``: no coded tensor is taken for a dense one; ``unsupported_stacks``: stacks under
-  names of another tool.
-
-``*_config`` and ``gptq_awq_rules`` read JSON only; ``*_layouts`` and ``*_layers`` decide by dtypes
-and shapes.
+Around every format: ``stale_blocks`` reads a checkpoint and finds blocks whose codes are gone;
+``empty_weights`` finds weights without values; ``other_layers``, with ``one_reading``,
+``unread_qweights`` and ``exclusions``, reads what the config does not describe; ``unclaimed``
+and ``unsupported_stacks`` reject codes that no layer takes.
 """
 
 from __future__ import annotations
@@ -158,13 +134,15 @@ def read_layout(checkpoint: Checkpoint) -> tuple[Format, SourceLayout]:
             continue
         both = not made.problems and not best[2].problems and wrong == best[3]
         if both and _readings(made) != _readings(best[2]):
-            return format, replace(best[2], problems=(_undecided(best[0], other),))
+            message = f"{_contradict(best[0], other)}, and the tensors fit both"
+            problem = Problem(best[0].where, f"{message}: remove the one that is stale")
+            return format, replace(best[2], problems=(problem,))
     counts, known, made, _ = best
     if counts is not first:
         note = Note(
             NoteCode.CONTRADICTING_BLOCKS,
-            f"{first.where} and {counts.where} contradict each other "
-            f"({_keys(first, counts)}): the tensors fit {counts.where}, which counts.",
+            f"{first.where} {_contradict(first, counts)}: the tensors fit {counts.where}, which "
+            "counts.",
         )
         made = replace(made, notes=(*made.notes, note))
     return known, made
@@ -191,13 +169,6 @@ def _readings(layout: SourceLayout) -> list[tuple[object, ...]]:
     return [(x.path, x.parts, x.packing, x.encoding) for x in layout.layers]
 
 
-def _keys(one: QuantizationBlock, other: QuantizationBlock) -> str:
-    return ", ".join(contradicted_keys(one, other))
-
-
-def _undecided(one: QuantizationBlock, other: QuantizationBlock) -> Problem:
-    message = (
-        f"and {other.where} contradict each other ({_keys(one, other)}), and the tensors fit "
-        "both: remove the one that is stale"
-    )
-    return Problem(one.where, message)
+def _contradict(one: QuantizationBlock, other: QuantizationBlock) -> str:
+    keys = ", ".join(contradicted_keys(one, other))
+    return f"and {other.where} contradict each other ({keys})"

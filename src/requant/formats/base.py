@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -27,17 +27,12 @@ class NoReading(Problem):
 
 @dataclass(frozen=True, slots=True)
 class RowOrder:
-    """Rows of a layer in another order: row ``i`` of the output is row ``rows[i]``.
+    """Rows of a layer in another order: row ``i`` of the output is row ``rows[i]``."""
 
-    Attributes:
-        rows: int64, read-only; compared by ``digest``.
-        inverse: Row ``i`` of the source becomes row ``inverse[i]`` of the output; read-only.
-        digest: SHA-256 of the order.
-    """
-
-    rows: np.ndarray = field(repr=False, compare=False)
+    rows: np.ndarray = field(repr=False, compare=False)  # int64, read-only; compared by ``digest``
+    # row ``i`` of the source becomes row ``inverse[i]`` of the output; read-only
     inverse: np.ndarray = field(repr=False, compare=False)
-    digest: str
+    digest: str  # SHA-256 of the order
 
     @staticmethod
     def of(order: np.ndarray, times: int = 1) -> RowOrder:
@@ -52,87 +47,68 @@ class RowOrder:
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """A run of rows of a source layer; several, one after another, make a renamed layer.
+    """A run of rows of a source layer; several, one after another, make a renamed layer."""
 
-    Attributes:
-        layer: As the source stores it.
-        start: First row; the leading axes of a stack count as further rows.
-        count: How many.
-        step: From one to the next; 2 takes every other row.
-    """
-
-    layer: SourceLayer
-    start: int
+    layer: SourceLayer  # as the source stores it
+    start: int  # first row; the leading axes of a stack count as further rows
     count: int
-    step: int = 1
+    step: int = 1  # 2 takes every other row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DefaultPolicy:
-    """The treatment of a layer's codes when nothing is requested for it.
+    """The treatment of a layer's codes when nothing is requested for it."""
 
-    Attributes:
-        fallback: What a layer without ``encoding`` is requantized to; None leaves it dense.
-        reason: Why it has no ``encoding``, or another group or width than the source.
-        requires_choice: Why the user must say what becomes of it; "" where ``fallback`` serves.
-        act_order: Whether only ``--act-order`` decides between ``fallback``, dense and rejection.
-    """
-
+    # what a layer without ``encoding`` is requantized to; None leaves it dense
     fallback: Quantization | None = None
+    # why it has no ``encoding``, or another group or width than the source
     reason: Reason | None = None
+    # why the user must say what becomes of it; "" where ``fallback`` serves
     requires_choice: str = ""
+    # whether only ``--act-order`` decides between ``fallback``, dense and rejection
     act_order: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceLayer:
-    """One layer, or one tensor that belongs to none, as the source stores it.
+    """One layer, or one tensor that belongs to none, as the source stores it."""
 
-    Attributes:
-        path: Layer path (``model.layers.0.mlp.up_proj``), or the tensor's name where it
-            is not a ``.weight``.
-        parts: Role -> stored tensor. A dense layer has ``weight`` alone; a quantized one
-            of MLX ``weight``, ``scales`` and, in affine mode, ``biases``; a packed one the
-            roles that its packing names.
-        encoding: MLX's encoding that holds the stored codes as they are; None for a dense
-            tensor, and for codes that no mode of MLX holds.
-        shape: The logical shape, ``(..., out_features, in_features)``.
-        dtype: Header name of the dtype that the values have once decoded; affine scales
-            and biases take it.
-        packing: How rows come out of ``parts``; None where the parts are row by row what
-            MLX stores.
-        stored_description: How the source stores it, in a few words ("awq gemm 4-bit g128").
-        policy: The treatment of its codes when nothing is requested.
-        row_order: The order in which the output stores the rows; None as the source.
-        row_ranges: The rows of packed layers that it consists of, under another layout than the
-            source's; empty where ``packing`` and ``parts`` are the whole layer.
-        rotation_tensors: Role -> tensor of a rotation of the inputs, which is stored with the codes
-            and needed to run them. ``packing`` decodes to values without the rotation.
-        name: Of a packed tensor whose dense values are not ``{path}.weight``; else "". Stacks of
-            fused experts have no module: their codes become ``{path}.weight``, their values
-            ``{path}`` or what the tool calls them.
-        global_scale: The rows, one number each, that make up ``{path}.global_scale``: nvfp4
-            in experts, whose tensor scales go out as numbers of their own.
-        as_named: The same values under the name and in the shape that the tool gives them,
-            where a row of the source is not a row of the layer; model classes are shown this.
-        is_decoded: Whether its values are computed from decoded codes, which then neither
-            ``encoding`` nor ``packing`` describes.
-    """
-
+    # layer path (``model.layers.0.mlp.up_proj``), or the tensor's name where it is not a
+    # ``.weight``
     path: str
+    # role -> stored tensor. A dense layer has ``weight`` alone; a quantized one of MLX ``weight``,
+    # ``scales`` and, in affine mode, ``biases``; a packed one the roles that its packing names
     parts: Tensors
+    # MLX's encoding that holds the stored codes as they are; None for a dense tensor, and for codes
+    # that no mode of MLX holds
     encoding: Quantization | None
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # the logical shape, ``(..., out_features, in_features)``
+    # header name of the dtype that the values have once decoded; affine scales and biases take it
     dtype: str
+    # how rows come out of ``parts``; None where the parts are row by row what MLX stores
     packing: Packing | None = None
-    stored_description: str = ""
-    policy: DefaultPolicy = DefaultPolicy()
+    stored_description: str = ""  # how the source stores it, in a few words ("awq gemm 4-bit g128")
+    policy: DefaultPolicy = DefaultPolicy()  # the treatment of its codes when nothing is requested
+    # the order in which the output stores the rows; None as the source
     row_order: RowOrder | None = None
+    # the rows of packed layers that it consists of, under another layout than the source's; empty
+    # where ``packing`` and ``parts`` are the whole layer
     row_ranges: tuple[RowRange, ...] = ()
+    # role -> tensor of a rotation of the inputs, which is stored with the codes and needed to run
+    # them. ``packing`` decodes to values without the rotation
     rotation_tensors: Tensors = field(default_factory=dict)
+    # of a packed tensor whose dense values are not ``{path}.weight``; else "". Stacks of fused
+    # experts have no module: their codes become ``{path}.weight``, their values ``{path}`` or what
+    # the tool calls them
     name: str = ""
+    # the rows, one number each, that make up ``{path}.global_scale``: nvfp4 in experts, whose
+    # tensor scales go out as numbers of their own
     global_scale: tuple[RowRange, ...] = ()
+    # the same values under the name and in the shape that the tool gives them, where a row of the
+    # source is not a row of the layer; model classes are shown this
     as_named: SourceLayer | None = None
+    # whether its values are computed from decoded codes, which then neither ``encoding`` nor
+    # ``packing`` describes
     is_decoded: bool = False
 
     @property
@@ -180,40 +156,25 @@ class SourceLayer:
 
 @dataclass(frozen=True, slots=True)
 class ActOrderFold:
-    """A layer that can keep its codes if the layers before it change the order of their rows.
+    """A layer that can keep its codes if the layers before it change the order of their rows."""
 
-    Attributes:
-        consumer: The layer as it then is, with an encoding.
-        producers: Path -> the order of its rows.
-    """
-
-    consumer: SourceLayer
-    producers: Mapping[str, RowOrder]
+    consumer: SourceLayer  # the layer as it then is, with an encoding
+    producers: Mapping[str, RowOrder]  # path -> the order of its rows
 
 
 @dataclass(frozen=True, slots=True)
 class SourceLayout:
-    """Everything a format found: each tensor of the checkpoint is in a layer or dropped.
+    """Everything a format found: each tensor of the checkpoint is in a layer or dropped."""
 
-    Attributes:
-        layers: In the order of the checkpoint's bytes.
-        quantization: The MLX quantization that the source declares, if it is MLX's.
-        problems: Everything that is wrong with the checkpoint.
-        dropped: Tensors that have no use in MLX, each with the reason.
-        notes: For the user.
-        folds: Layers that may be kept by reordering others.
-        rotation: The entry of an output's config for layers with a rotation.
-        unfulfilled: The problem of a config that names a format of which no layer is; reported
-            only where no tensor holds codes (``unclaimed``).
-    """
-
-    layers: tuple[SourceLayer, ...]
-    quantization: PerLayerQuantization | None = None
-    problems: tuple[Problem, ...] = ()
-    dropped: tuple[tuple[str, str], ...] = ()
-    notes: tuple[Note, ...] = ()
-    folds: tuple[ActOrderFold, ...] = ()
-    rotation: Mapping[str, Any] | None = None
+    layers: tuple[SourceLayer, ...]  # in the order of the checkpoint's bytes
+    quantization: PerLayerQuantization | None = None  # what the source declares, if it is MLX's
+    problems: tuple[Problem, ...] = ()  # everything that is wrong with the checkpoint
+    dropped: tuple[tuple[str, str], ...] = ()  # tensors without use in MLX, each with the reason
+    notes: tuple[Note, ...] = ()  # for the user
+    folds: tuple[ActOrderFold, ...] = ()  # layers that may be kept by reordering others
+    rotation: Mapping[str, Any] | None = None  # the entry of an output's config for rotated layers
+    # the problem of a config that names a format of which no layer is; reported only where no
+    # tensor holds codes (``unclaimed``)
     unfulfilled: Problem | None = None
 
     def without_rotations(self) -> SourceLayout:
@@ -265,11 +226,15 @@ class Format(Protocol):
         """Sort every tensor into layers, and list what is wrong with them."""
 
 
+def named_parts(tensors: Tensors, path: str, roles: Iterable[str]) -> dict[str, SourceTensor]:
+    """Role -> the tensor ``{path}.{role}``, for those of ``roles`` that there are."""
+    return {role: tensors[name] for role in roles if (name := f"{path}.{role}") in tensors}
+
+
 def dense_layer(tensor: SourceTensor) -> SourceLayer:
     """Describe a tensor that is stored as its values."""
     name = tensor.name
     path = name.removesuffix(".weight")
-
     shape, dtype = tensor.info.shape, tensor.info.dtype
     return SourceLayer(path=path, parts={"weight": tensor}, encoding=None, shape=shape, dtype=dtype)
 

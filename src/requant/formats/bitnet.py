@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.dtypes import KERNEL_FLOATS
 from requant.core.reasons import Note, NoteCode
 from requant.errors import InvariantError
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
@@ -28,7 +29,6 @@ from requant.packings.row_blocks import NEXT, block_codes, block_cuts
 from requant.text import format_value
 
 _CLASSES: Final = ("bitlinear", "autobitlinear")
-_FLOATS: Final = ("BF16", "F16", "F32")
 _ROWS_A_BYTE: Final = 4
 
 
@@ -37,12 +37,9 @@ class Ternary(IntegerPacking):
     """``weight`` U8 ``[ceil(out / 4), in]``, codes 0 to 2; ``weight_scale`` one float.
 
     With R packed rows, row ``i * R + r`` is in bits ``2 i`` and on of packed row ``r``.
-
-    Attributes:
-        divides: Whether codes are divided by the scale.
     """
 
-    divides: bool
+    divides: bool  # whether codes are divided by the scale
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         packed = block_cuts("weight", BITNET, self.rows, start=start, stop=stop, width=self.columns)
@@ -81,7 +78,6 @@ class BitNet:
         return claim_by_method(checkpoint, "bitnet")
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Pair each packed weight with its scale; everything else is dense."""
         sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
         assert block is not None
         divides = _divides(block, sorter)
@@ -123,11 +119,10 @@ def _divides(block: QuantizationBlock, sorter: TensorSorter) -> bool:
 
 
 def _layer(sorter: TensorSorter, path: str, parts: Tensors, divides: bool) -> SourceLayer:
-    """One layer, if its tensors fit each other."""
     weight, scale = parts["weight"], parts["weight_scale"]
     if len(weight.info.shape) != 2 or 0 in weight.info.shape:
         raise unexpected(weight, "U8 [out / 4, in]")
-    if scale.info.size != 1 or scale.info.dtype not in _FLOATS:
+    if scale.info.size != 1 or scale.info.dtype not in KERNEL_FLOATS:
         raise unexpected(scale, "one float")
     sorter.positive_number(scale)
     packed, n_in = weight.info.shape

@@ -6,19 +6,26 @@ Values: ``w = code * SCB / 127``; ``w = quant_map[code] * absmax``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
-from requant.core.dtypes import NUMPY_DTYPE
+from requant.core.dtypes import KERNEL_FLOATS, NUMPY_DTYPE
 from requant.core.reasons import Reason, ReasonCode
 from requant.core.strict_json import parse_json_object
-from requant.formats.base import SourceLayout, Tensors, packed_layer, scale_dtype
-from requant.formats.integer_layers import integer_layer
-from requant.formats.quantization_block import DTYPE_WORDS, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter
+from requant.formats.base import (
+    SourceLayer,
+    SourceLayout,
+    Tensors,
+    named_parts,
+    packed_layer,
+    scale_dtype,
+)
+from requant.formats.integer_layers import integer_layer, row_fields
+from requant.formats.quantization_block import DTYPE_WORDS, find_quantization_block, is_count
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.bitsandbytes import BnbInt8, BnbTable
-from requant.packings.compressed_tensors import Zeros
 from requant.text import format_value
 
 _STATE: Final = ".quant_state.bitsandbytes__"
@@ -49,91 +56,68 @@ class Bitsandbytes:
         return next((name for name in names if _STATE in name or name.endswith(".SCB")), None)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Describe each layer that has a quant_state or an SCB; everything else is dense."""
         sorter = TensorSorter(checkpoint)
         for name in checkpoint.tensors:
             if name.endswith(".SCB"):
-                _read_int8(sorter, name.removesuffix(".SCB"))
+                path = name.removesuffix(".SCB")
+                parts = named_parts(sorter.tensors, path, ("weight", "SCB"))
+                sorter.make(path, parts, lambda path, parts: _int8_layer(sorter, path, parts))
             elif _STATE in name:
-                _read_table(sorter, name)
+                weight = name.partition(_STATE)[0]
+                path = weight.removesuffix(".weight")
+                parts = named_parts(sorter.tensors, weight, _ROLES)
+                if weight in sorter.tensors:
+                    parts["weight"] = sorter.tensors[weight]
+                sorter.drop(name, "says how the codes are stored")
+                sorter.claim((part.name for part in parts.values()), path)
+                sorter.make(path, parts, partial(_table, sorter, name))
         if not sorter.quantized:
             message = "says bitsandbytes, but no tensor ends in .SCB or has a quant_state"
             sorter.no_layer("config.json: quantization_config", message)
         return sorter.layout()
 
 
-# -- int8 --------------------------------------------------------------------------------------
-
-
-def _read_int8(sorter: TensorSorter, path: str) -> None:
-    tensors = sorter.tensors
-    scale, weight = tensors[f"{path}.SCB"], tensors.get(f"{path}.weight")
-    order = tensors.get(f"{path}.weight_format")
-    sorter.claim([scale.name, f"{path}.weight"], path)
+def _int8_layer(sorter: TensorSorter, path: str, tensors: Tensors) -> SourceLayer:
+    scale, weight = tensors["SCB"], tensors.get("weight")
+    order = sorter.tensors.get(f"{path}.weight_format")
     if order is not None:
         sorter.drop(order.name, "gives the order of the codes")
         if order.info.size != 1:
-            sorter.problem(order.name, f"is {order.info}, expected one number")
-            return
-        stored = sorter.checkpoint.read_small_tensor(order.name).reshape(-1).tolist()
-        if stored != [0]:
-            known = _ORDERS.get(stored[0] if len(stored) == 1 else -1, "unknown")
-            sorter.problem(order.name, f"is {stored} ({known}), expected 0: codes row by row")
-            return
+            raise LayerError(order.name, f"is {order.info}, expected one number")
+        stored = sorter.checkpoint.read_small_tensor(order.name).item()
+        if stored != 0:
+            known = _ORDERS.get(stored, "unknown")
+            message = f"is {[stored]} ({known}), expected 0: codes row by row"
+            raise LayerError(order.name, message)
     if weight is None:
-        sorter.problem(scale.name, f"has no {path}.weight next to it")
-        return
+        raise LayerError(scale.name, f"has no {path}.weight next to it")
     shape = weight.info.shape
     if weight.info.dtype != "I8" or len(shape) != 2 or 0 in shape:
-        sorter.problem(weight.name, f"{weight.info} next to {scale.name}, expected I8 [out, in]")
-        return
-    if scale.info.dtype not in ("F32", "F16", "BF16") or scale.info.size != shape[0]:
-        sorter.problem(scale.name, f"{scale.info}, expected F32 [{shape[0]}] for {weight.info}")
-        return
-    packing = BnbInt8(
-        *shape,
-        bits=8,
-        group=shape[1],
-        symmetric=True,
-        scale_dtype=scale.info.dtype,
-        matrix=shape[0],
-        scale_rows=1,
-        scale_width=scale.info.shape[-1],
-        zero_points=Zeros.MIDDLE,
-    )
+        message = f"{weight.info} next to {scale.name}, expected I8 [out, in]"
+        raise LayerError(weight.name, message)
+    if scale.info.dtype not in KERNEL_FLOATS or scale.info.size != shape[0]:
+        raise unexpected(scale, f"F32 [{shape[0]}] for {weight.info}")
+    packing = BnbInt8(**row_fields(shape, scale.info, scale_rows=1))
     parts = {"weight": weight, "weight_scale": scale}
-    sorter.add(integer_layer(sorter, path, parts, shape, packing, tool="bitsandbytes"))
+    return integer_layer(sorter, path, parts, shape, packing, tool="bitsandbytes")
 
 
-# -- nf4, fp4 ----------------------------------------------------------------------------------
-
-
-def _read_table(sorter: TensorSorter, name: str) -> None:
-    """One layer by its quant_state."""
-    weight_name, _, kind = name.partition(_STATE)
-    path = weight_name.removesuffix(".weight")
-    tensors, before = sorter.tensors, len(sorter.problems)
-    sorter.drop(name, "says how the codes are stored")
-    names = {role: f"{weight_name}.{role}" for role in _ROLES}
-    parts = {role: tensors[each] for role, each in names.items() if each in tensors}
-    sorter.claim([weight_name, *(part.name for part in parts.values())], path)
-    state = _state(sorter, name)
-    weight = tensors.get(weight_name)
+def _table(sorter: TensorSorter, name: str, path: str, parts: Tensors) -> SourceLayer | None:
+    """The layer that the quant_state ``name`` describes."""
+    before, (weight_name, _, kind) = len(sorter.problems), name.partition(_STATE)
+    state, weight = _state(sorter, name), parts.get("weight")
     if weight is None:
         sorter.problem(name, f"describes {weight_name}, which is missing")
     if kind not in _TABLES:
         sorter.problem(name, f"is of type {format_value(kind)}; known are {', '.join(_TABLES)}")
     if state is None or weight is None or len(sorter.problems) > before:
-        return
-    packing = _table(sorter, state, weight, parts)
-    if packing is None or len(sorter.problems) > before:
-        return
+        return None
+    packing = _table_packing(sorter, state, weight, parts)
     dtype = scale_dtype(DTYPE_WORDS.get(str(state.get("dtype")), "F32"), sorter.dtype)
     stored = f"bitsandbytes {kind}{' with nested absmax' * bool(packing.nested_block)}"
-    needed = packing.required_rects(0, 1)
-    used = {"weight": weight} | {role: parts[role] for role in needed if role in parts}
+    used = {role: parts[role] for role in packing.required_rects(0, 1) if role in parts}
     shape = tuple(state["shape"])
-    sorter.add(packed_layer(path, used, shape, packing, dtype=dtype, stored=stored, reason=_REASON))
+    return packed_layer(path, used, shape, packing, dtype=dtype, stored=stored, reason=_REASON)
 
 
 def _state(sorter: TensorSorter, name: str) -> Mapping[str, Any] | None:
@@ -143,28 +127,19 @@ def _state(sorter: TensorSorter, name: str) -> Mapping[str, Any] | None:
         sorter.problem(name, f"is not a quant_state: {wrong[0]}")
         return None
     shape = state.get("shape")
-    if not isinstance(shape, list) or len(shape) < 2 or not all(map(_is_count, shape)):
+    if not isinstance(shape, list) or len(shape) < 2 or not all(map(is_count, shape)):
         expected = "expected two counts or more, [out, in]"
         sorter.problem(name, f"gives shape {format_value(shape)}, {expected}")
         return None
-    if not _is_count(block := state.get("blocksize")):
+    if not is_count(block := state.get("blocksize")):
         sorter.problem(name, f"gives blocksize {format_value(block)}, expected a count")
         return None
     return state
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_float32(value: Any) -> bool:
-    """Whether it is a number that float32 holds, rounded."""
-    return isinstance(value, int | float) and abs(value) < 2**127
-
-
-def _table(
+def _table_packing(
     sorter: TensorSorter, state: Mapping[str, Any], weight: SourceTensor, parts: Tensors
-) -> BnbTable | None:
+) -> BnbTable:
     """The packing, once every tensor has the dtype and size that the state demands."""
     *leading, columns = state["shape"]
     rows, block = prod(leading), state["blocksize"]
@@ -173,18 +148,19 @@ def _table(
     if weight.info.nbytes != -(-nbytes // storage) * storage or weight.info.shape[-1:] != (1,):
         elements = -(-nbytes // storage)
         expected = f"[{elements}, 1] of {weight.info.dtype} for {state['shape']}"
-        sorter.problem(weight.name, f"{weight.info}, expected {expected}, two codes a byte")
-        return None
+        raise unexpected(weight, f"{expected}, two codes a byte")
     blocks = -(-rows * columns // block)
     offset = state.get("nested_offset")
     wanted = {"absmax": ("F32", blocks), "quant_map": ("F32", 16)}
     nested = state.get("nested_blocksize", 0)
     if offset is not None or nested != 0:
-        if not _is_count(nested) or not _is_float32(offset):
-            message = f"its quant_state gives nested_blocksize {format_value(nested)} and "
-            message += f"nested_offset {format_value(offset)}, expected two numbers"
-            sorter.problem(weight.name, message)
-            return None
+        in_float32 = isinstance(offset, int | float) and abs(offset) < 2**127
+        if not is_count(nested) or not in_float32:
+            raise LayerError(
+                weight.name,
+                f"its quant_state gives nested_blocksize {format_value(nested)} and nested_offset "
+                f"{format_value(offset)}, expected two numbers",
+            )
         wanted |= {
             "absmax": ("U8", blocks),
             "nested_absmax": ("F32", -(-blocks // nested)),

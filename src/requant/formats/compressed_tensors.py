@@ -8,8 +8,7 @@ codes, the group of a ragged row). Where the two contradict each other the layer
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -18,10 +17,9 @@ from requant.core.dtypes import FLOATS
 from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import SourceLayer, SourceLayout, Tensors, scale_dtype
 from requant.formats.compressed_tensors_config import CtConfig, Scheme
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
-from requant.formats.integer_layers import groups_of, integer_layer
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, mx_layer
+from requant.formats.integer_layers import groups_of, integer_layer, row_fields
 from requant.formats.layer_names import layer_names
-from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
@@ -43,6 +41,13 @@ _WORDS = ("I32", "U32")
 _BYTES = ("U8", "F8_E4M3")
 
 
+class _Width(NamedTuple):
+    """Bits of a code, and whether a word holds whole codes only."""
+
+    bits: int
+    padded: bool = False
+
+
 class CompressedTensors:
     """A folder with ``quant_method: compressed-tensors``, or with packed weights of its kind."""
 
@@ -62,21 +67,18 @@ class CompressedTensors:
         return next((part.name for n, part in parts.items() if n.endswith(".weight_packed")), None)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Find every layer, hold its tensors against each other and against the config."""
         return _Reader(checkpoint).read()
 
 
 class _Reader:
-    """Reads one checkpoint and collects what is wrong with it."""
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.sorter = checkpoint, TensorSorter.by_role(checkpoint)
         self.config = CtConfig(find_quantization_block(checkpoint), self.sorter.problems)
 
     def read(self) -> SourceLayout:
         sorter = self.sorter
-        for path, parts in self._parts().items():
-            if layer := sorter.make(path, parts, self._stack):
+        for path, parts in sorter.layers_with(_ROLES).items():
+            if _has_codes(parts) and (layer := sorter.make(path, parts, self._stack)):
                 for part in parts.values():
                     if part not in layer.parts.values():
                         sorter.drop(part.name, "only says the shape of its weight")
@@ -87,15 +89,6 @@ class _Reader:
             sorter.no_layer(self.config.where, message)
         return sorter.layout()
 
-    def _parts(self) -> dict[str, dict[str, SourceTensor]]:
-        """Layer path -> role -> tensor, for each layer with codes or a scale."""
-        found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.sorter.parts.items():
-            path, _, role = name.rpartition(".")
-            if role in _ROLES:
-                found.setdefault(path, {})[role] = tensor
-        return {path: parts for path, parts in found.items() if _has_codes(parts)}
-
     def _check_loose(self) -> None:
         """Report tensors of sparse formats, and note layers that are dense though named."""
         sorter = self.sorter
@@ -103,20 +96,15 @@ class _Reader:
             role = tensor.name.rpartition(".")[2]
             if role in _SPARSE:
                 sorter.problem(tensor.name, f"is a part of {_SPARSE[role]}, which is not read")
-        named = [
-            path
-            for path, scheme in self.config.named()
-            if scheme.bits and self.config.ignored(path) is None
-        ]
+        schemes = self.config.named()
+        named = [path for path, x in schemes if x.bits and not self.config.ignores(path)]
         sorter.note_dense(f"{self.config.where}.config_groups", named)
-
-    # -- one layer -----------------------------------------------------------------------
 
     def _stack(self, path: str, parts: Tensors) -> SourceLayer | None:
         """A layer; of a stack whose packed codes are stored ``(experts, in, out)``, by expert."""
-        codes, scale = parts.get("weight_packed", parts.get("weight")), parts.get("weight_scale")
-        floats = codes is not None and codes.info.dtype in FLOAT8[:2]
-        if codes is None or scale is None or floats or not are_transposed(codes.info, scale.info):
+        codes, scale = _codes(parts), parts.get("weight_scale")
+        floats = codes.info.dtype in FLOAT8[:2]
+        if scale is None or floats or not are_transposed(codes.info, scale.info):
             return self._layer(path, parts)
         parts = {role: part for role, part in parts.items() if role != "weight_shape"}
         roles = tuple(role for role, part in parts.items() if len(part.info.shape) == 3)
@@ -125,12 +113,7 @@ class _Reader:
         return None if layer is None else experts.stack(layer)
 
     def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
-        """One layer by what its tensors say, or None with its problems reported."""
-        codes = parts.get("weight_packed", parts.get("weight"))
-        scale = parts.get("weight_scale")
-        if codes is None:
-            names = ", ".join(part.name for part in parts.values())
-            raise LayerError(path, f"has {names}, but neither weight_packed nor weight")
+        codes, scale = _codes(parts), parts.get("weight_scale")
         if scale is None:
             others = ", ".join(sorted(parts.keys() - {"weight", "weight_packed"}))
             siblings = f" (it has {others})" if others else ""
@@ -155,35 +138,28 @@ class _Reader:
             message = f"{message}; {declared or 'it says nothing of this layer'}"
             raise LayerError(codes.name, message)
         if codes.info.dtype in FLOAT8:
-            return self._float8(path, codes, scale, scheme)
+            dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
+            return float8_stack(self.sorter, path, codes, scale, block=scheme.block, dtype=dtype)
         raise unexpected(codes, "I8 or F8_E4M3 codes")
-
-    def _report(self, where: str, message: str) -> None:
-        self.sorter.problem(where, message)
-
-    # -- integers ------------------------------------------------------------------------
 
     def _packed(self, path: str, parts: Tensors, scheme: Scheme) -> SourceLayer | None:
         *leading, n_out, _ = parts["weight_packed"].info.shape
         n_in = self._columns(path, parts, scheme)
-        bits, padded = self._width(parts["weight_packed"], n_in, scheme)
+        width = self._width(parts["weight_packed"], n_in, scheme)
         shape = (*leading, n_out, n_in)
-        group = self._group(path, parts, shape, scheme)
-        zeros = self._zeros(path, parts, bits, padded, scheme)
-        if group is None or zeros is None:
+        fields = self._fields(path, parts, shape, scheme, width)
+        if fields is None:
             return None
-        fields = self._fields(parts["weight_scale"], shape, bits, group, zeros)
-        packing = CtPacked(**fields, padded=padded)
-        if self._act_order(path, parts, n_in, group, scheme):
+        packing = CtPacked(**fields, padded=width.padded)
+        if self._act_order(path, parts, n_in, packing.group, scheme):
             each = len(parts["weight_g_idx"].info.shape) > 1
-            packing = CtActOrder(**fields, padded=padded, index_of_each=each)
+            packing = CtActOrder(**fields, padded=width.padded, index_of_each=each)
         return self._integer_layer(path, parts, shape, packing, "pack")
 
-    def _width(self, packed: SourceTensor, n_in: int, scheme: Scheme) -> tuple[int, bool]:
-        """Bits of a code, and whether words hold whole codes only: what fills a row's words."""
+    def _width(self, packed: SourceTensor, n_in: int, scheme: Scheme) -> _Width:
         words = packed.info.shape[-1]
         widths = [
-            (bits, padded)
+            _Width(bits, padded)
             for padded in (False, True)
             for bits in ((scheme.bits,) if scheme.bits else range(1, 9))
             if 1 <= bits <= 8 and packed_words(n_in, bits, padded) == words
@@ -191,9 +167,9 @@ class _Reader:
         if scheme.bits is None and self.config.found is not None:
             # What words hold that are padded is too easily met by chance to determine the width.
             widths = [
-                (bits, padded)
-                for bits, padded in widths
-                if 32 % bits == 0 or self.config.padded or (bits, False) in widths
+                x
+                for x in widths
+                if 32 % x.bits == 0 or self.config.padded or _Width(x.bits) in widths
             ]
         if not widths:
             width = f"{scheme.bits} bits" if scheme.bits else "any width"
@@ -209,9 +185,9 @@ class _Reader:
                 f"{packed.info} may hold {n_in} inputs of {join_or(whole)} bits; write num_bits "
                 f"of its layer into {self.config.where or 'a quantization_config'}",
             )
-        bits, padded = widths[0]
-        if (bits, True) not in widths[1:] or 32 % bits == 0:
-            return bits, padded
+        bits = widths[0].bits
+        if _Width(bits, True) not in widths[1:] or 32 % bits == 0:
+            return widths[0]
         if self.config.padded is None:  # both layouts take as many words
             raise LayerError(
                 packed.name,
@@ -219,38 +195,28 @@ class _Reader:
                 "as compressed-tensors packs them before or since 0.18, and "
                 f"{self.config.where or 'no config'} gives no version that says which",
             )
-        return bits, self.config.padded
+        return _Width(bits, self.config.padded)
 
     def _plain(self, path: str, parts: Tensors, scheme: Scheme) -> SourceLayer | None:
         shape = parts["weight"].info.shape
         bits = scheme.bits or 8
         if not 1 <= bits <= 8:
             raise LayerError(f"{scheme.where}.num_bits", f"is {bits}, but {path}.weight holds int8")
-        group = self._group(path, parts, shape, scheme)
-        zeros = self._zeros(path, parts, bits, False, scheme)
-        if group is None or zeros is None:
+        fields = self._fields(path, parts, shape, scheme, _Width(bits))
+        if fields is None:
             return None
-        packing = CtPlain(**self._fields(parts["weight_scale"], shape, bits, group, zeros))
-        return self._integer_layer(path, parts, shape, packing, "int")
+        return self._integer_layer(path, parts, shape, CtPlain(**fields), "int")
 
     def _fields(
-        self, scale: SourceTensor, shape: tuple[int, ...], bits: int, group: int, zeros: Zeros
-    ) -> dict[str, Any]:
-        """The arguments that packed and plain codes have in common."""
-        sharing = rows_with_one_scale(shape, scale.info.shape)
-        assert sharing is not None  # or _group had rejected it
-        return {
-            "rows": prod(shape[:-1]),
-            "columns": shape[-1],
-            "bits": bits,
-            "group": group,
-            "symmetric": zeros is Zeros.MIDDLE,
-            "scale_dtype": scale.info.dtype,
-            "matrix": shape[-2],
-            "scale_rows": sharing[0],
-            "scale_width": scale.info.shape[-1] if scale.info.shape else 1,
-            "zero_points": zeros,
-        }
+        self, path: str, parts: Tensors, shape: tuple[int, ...], scheme: Scheme, width: _Width
+    ) -> dict[str, Any] | None:
+        group = self._group(path, parts, shape, scheme)
+        zeros = self._zeros(path, parts, scheme, width)
+        scale = parts["weight_scale"].info
+        sharing = rows_with_one_scale(shape, scale.shape)
+        if group is None or zeros is None or sharing is None:
+            return None
+        return row_fields(shape, scale, sharing[0], bits=width.bits, group=group, zero_points=zeros)
 
     def _integer_layer(
         self,
@@ -307,7 +273,7 @@ class _Reader:
         scale = parts["weight_scale"]
         *leading, n_out, n_in = shape
         if scale.info.dtype not in FLOATS:
-            self._report(scale.name, f"{scale.info}, expected floats")
+            self.sorter.problem(scale.name, f"{scale.info}, expected floats")
             return None
         rows, groups = rows_with_one_scale(shape, scale.info.shape) or (0, 0)
         declared_group = scheme.group_size
@@ -317,13 +283,13 @@ class _Reader:
         fits = by_row and groups > 0
         if fits and declared_group is not None:
             fits = groups == -(-n_in // declared_group)
-        if fits and declared_group is not None:
-            return declared_group
+            if fits:
+                return declared_group
         likely = groups_of(n_in, groups) if fits else []
         if len(likely) == 1:
             return likely[0]
         if likely:
-            self._report(
+            self.sorter.problem(
                 scale.name,
                 f"{scale.info} fits groups of {join_or(likely)} in {n_in} inputs; write the "
                 f"group_size of {path} into {self.config.where or 'a quantization_config'}",
@@ -332,18 +298,16 @@ class _Reader:
         expected = -(-n_in // declared_group) if declared_group else 1
         where = f" ({scheme.where}: group_size {declared_group})" if declared_group else ""
         wanted = [*leading, n_out, expected]
-        self._report(scale.name, f"{scale.info}, expected {wanted} for {list(shape)}{where}")
+        self.sorter.problem(scale.name, f"{scale.info}, expected {wanted} for {list(shape)}{where}")
         return None
 
-    def _zeros(
-        self, path: str, parts: Tensors, bits: int, padded: bool, scheme: Scheme
-    ) -> Zeros | None:
+    def _zeros(self, path: str, parts: Tensors, scheme: Scheme, width: _Width) -> Zeros | None:
         """Where the zeros are; None with a problem."""
         points, scale = parts.get("weight_zero_point"), parts["weight_scale"].info
         if points is None:
             if scheme.symmetric is False:
                 message = f"has no weight_zero_point, but {scheme.where} is not symmetric"
-                self._report(path, message)
+                self.sorter.problem(path, message)
                 return None
             return Zeros.MIDDLE
         if points.info.dtype == "I8" and points.info.shape == scale.shape:
@@ -352,11 +316,13 @@ class _Reader:
         packed = parts.get("weight_packed")
         if packed is not None and scale.shape[:-1] == packed.info.shape[:-1]:
             *leading, n_out, groups = scale.shape
-            shape = (*leading, packed_words(n_out, bits, padded), groups)
+            shape = (*leading, packed_words(n_out, *width), groups)
             if points.info.dtype in _WORDS and points.info.shape == shape:
                 return Zeros.PACKED
             expected = f"I32 {list(shape)} or {expected}"
-        self._report(points.name, f"{points.info}, expected {expected} for {bits} bits")
+        self.sorter.problem(
+            points.name, f"{points.info}, expected {expected} for {width.bits} bits"
+        )
         return None
 
     def _act_order(self, path: str, parts: Tensors, n_in: int, group: int, scheme: Scheme) -> bool:
@@ -379,15 +345,7 @@ class _Reader:
             raise LayerError(index.name, message)
         return bool((of != np.arange(n_in) // group).any())
 
-    # -- floats --------------------------------------------------------------------------
-
-    def _float8(
-        self, path: str, weight: SourceTensor, scale: SourceTensor, scheme: Scheme
-    ) -> SourceLayer:
-        dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
-        return float8_stack(self.sorter, path, weight, scale, block=scheme.block, dtype=dtype)
-
-    def _small_floats(self, path: str, parts: Tensors) -> SourceLayer | None:
+    def _small_floats(self, path: str, parts: Tensors) -> SourceLayer:
         """FP4 and FP6 in bytes: the ratio of bytes to scales tells which."""
         packed, scale = parts["weight_packed"], parts["weight_scale"]
         *leading, n_out, nbytes = packed.info.shape
@@ -410,6 +368,10 @@ class _Reader:
             f"{packed.info} with a weight_scale {scale.info} is neither nvfp4 (16 inputs a scale, "
             "E4M3, weight_global_scale) nor mxfp4 or mxfp6 (32 inputs a scale, U8)",
         )
+
+
+def _codes(parts: Tensors) -> SourceTensor:
+    return parts["weight_packed" if "weight_packed" in parts else "weight"]
 
 
 def _has_codes(parts: Tensors) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from requant.core.regex import Pattern, PatternError
 from requant.errors import Problem
-from requant.formats.quantization_block import QuantizationBlock
+from requant.formats.quantization_block import QuantizationBlock, as_table
 from requant.text import format_value
 
 FORMATS = (
@@ -36,25 +36,15 @@ _PRESET = re.compile(r"W(?P<int>\d)A(?:\d+|FP8)(?P<asym>_ASYM)?|(?:MX|NV)?FP(?P<
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """The scheme that the config gives to the weights of a group of layers.
+    """The scheme that the config gives to the weights of a group of layers."""
 
-    Attributes:
-        bits: ``num_bits``; None where it is not said.
-        kind: "int" or "float"; "" where it is not said.
-        symmetric: Whether there are no zero points; None where it is not said.
-        group_size: Inputs with one scale; None for a row, a tensor or blocks.
-        block: Rows and columns with one scale.
-        where: The key that says so.
-        actorder: What is said of the order of inputs: "group", "static", ...
-    """
-
-    bits: int | None = None
-    kind: str = ""
-    symmetric: bool | None = None
-    group_size: int | None = None
-    block: tuple[int, int] | None = None
-    where: str = ""
-    actorder: str = ""
+    bits: int | None = None  # ``num_bits``; None where it is not said
+    kind: str = ""  # "int" or "float"; "" where it is not said
+    symmetric: bool | None = None  # whether there are no zero points; None where it is not said
+    group_size: int | None = None  # inputs with one scale; None for a row, a tensor or blocks
+    block: tuple[int, int] | None = None  # rows and columns with one scale
+    where: str = ""  # the key that says so
+    actorder: str = ""  # what is said of the order of inputs: "group", "static"
 
     @property
     def shuffled(self) -> bool:
@@ -70,7 +60,7 @@ class CtConfig:
         self.where = "" if block is None else block.where
         self._schemes: dict[str, Scheme] = {}  # target -> scheme
         self._patterns: list[tuple[Pattern, Scheme]] = []
-        self._ignored: list[tuple[str, Pattern]] = []
+        self._ignored: list[Pattern] = []
         self._ignored_names: set[str] = set()
         self.padded: bool | None = None  # whether words hold whole codes only; None: not said
         if block is not None:
@@ -96,34 +86,25 @@ class CtConfig:
                 return scheme
         return self._by_class.get("embed" in path.rpartition(".")[2], Scheme())
 
-    def ignored(self, path: str) -> str | None:
-        """The entry of ``ignore`` that names a layer."""
-        if path in self._ignored_names:
-            return path
-        for entry, pattern in self._ignored:
-            if pattern.match(path):
-                return entry
-        return None
+    def ignores(self, path: str) -> bool:
+        """Whether an entry of ``ignore`` names a layer."""
+        return path in self._ignored_names or any(x.match(path) for x in self._ignored)
 
     def named(self) -> Iterable[tuple[str, Scheme]]:
         """Targets that are the path of one layer."""
         return ((t, s) for t, s in self._schemes.items() if "." in t and not t.startswith("re:"))
 
-    # -- reading -------------------------------------------------------------------------
-
     def _report(self, key: str, message: str) -> None:
         self.problems.append(Problem(f"{self.where}.{key}", message))
 
     def _check_formats(self, block: QuantizationBlock) -> None:
-        sparsity = block.get("sparsity_config")
-        named = [("format", block.block.get("format"))]
-        if isinstance(sparsity, Mapping):
-            named.append(("sparsity_config.format", sparsity.get("format")))
-        groups = block.get("config_groups")
-        for name, group in groups.items() if isinstance(groups, Mapping) else ():
-            if isinstance(group, Mapping):
-                named.append((f"config_groups.{name}.format", group.get("format")))
-        for key, value in named:
+        named = {
+            "format": block.block.get("format"),
+            "sparsity_config.format": block.table("sparsity_config").get("format"),
+        }
+        for name, group in block.table("config_groups").items():
+            named[f"config_groups.{name}.format"] = as_table(group).get("format")
+        for key, value in named.items():
             if value is None or value in FORMATS:
                 continue
             if isinstance(value, str) and value in _UNSUPPORTED:
@@ -132,12 +113,11 @@ class CtConfig:
                 self._report(key, f"is {format_value(value)}; known are {', '.join(FORMATS)}")
 
     def _check_transforms(self, block: QuantizationBlock) -> None:
-        transforms = block.get("transform_config")
-        groups = transforms.get("config_groups") if isinstance(transforms, Mapping) else None
-        for name, group in groups.items() if isinstance(groups, Mapping) else ():
-            applied = group.get("apply") if isinstance(group, Mapping) else None
+        groups = as_table(block.table("transform_config").get("config_groups"))
+        for name, group in groups.items():
+            applied = as_table(group).get("apply")
             for use in applied if isinstance(applied, list) else ():
-                place = use.get("location") if isinstance(use, Mapping) else None
+                place = as_table(use).get("location")
                 if place not in _OFFLINE:
                     self._report(
                         f"transform_config.config_groups.{name}",
@@ -233,7 +213,7 @@ class CtConfig:
             if entry.startswith("re:"):
                 pattern = self._compiled(entry, f"{self.where}.ignore")
                 if pattern is not None:
-                    self._ignored.append((entry, pattern))
+                    self._ignored.append(pattern)
 
     def _compiled(self, entry: str, where: str) -> Pattern | None:
         try:

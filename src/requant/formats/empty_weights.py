@@ -16,7 +16,6 @@ from requant.formats.scale_names import Role, parse_scale_name
 from requant.text import pluralize_are
 
 _WEIGHTS = (".weight", ".bias", ".qweight", ".weight_packed", ".W_q", "_blocks", "._weight_qdata")
-
 _VALUES = (Role.SCALE, Role.TENSOR_SCALE, Role.ZERO, Role.INPUT_SCALE)
 
 

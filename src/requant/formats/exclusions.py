@@ -16,7 +16,7 @@ from requant.core.reasons import Note, NoteCode
 from requant.core.regex import Pattern, PatternError, Wildcards
 from requant.errors import Problem
 from requant.formats.base import SourceLayer, SourceLayout
-from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
+from requant.formats.quantization_block import QuantizationBlock, as_table, find_quantization_block
 from requant.text import join_first, pluralize_are
 
 # Lists of names: exact paths, modules that hold a layer or the end of its path; with "*" or "?"
@@ -42,9 +42,7 @@ def with_exclusions(checkpoint: Checkpoint, layout: SourceLayout) -> SourceLayou
     block = find_quantization_block(checkpoint)
     if block is None:
         return layout
-    inner = block.get("quantization")
-    if isinstance(inner, Mapping):  # ModelOpt's own file
-        block = QuantizationBlock(f"{block.where}: quantization", inner)
+    block = block.inner
     coded = {layer.path: layer for layer in layout.layers if layer.is_quantized}
     problems: list[Problem] = []
     texts = []
@@ -84,22 +82,18 @@ def _lists(
         names = block.names(key, problems)
         if names:
             yield key, names
-    dynamic = block.get("dynamic")
-    if isinstance(dynamic, Mapping):
-        rules = [key for key, rule in dynamic.items() if key.startswith("-:") or rule is False]
-        yield "dynamic", [f"re:{rule.removeprefix('-:').removeprefix('+:')}" for rule in rules]
-    extra = block.get("extra_config")
-    if isinstance(extra, Mapping):
-        yield "extra_config", [_as_entry(key) for key, rule in extra.items() if _is_dense(rule)]
+    dynamic, extra = block.table("dynamic"), block.table("extra_config")
+    rules = [key for key, rule in dynamic.items() if key.startswith("-:") or rule is False]
+    yield "dynamic", [f"re:{rule.removeprefix('-:').removeprefix('+:')}" for rule in rules]
+    yield "extra_config", [_as_entry(key) for key, rule in extra.items() if _is_dense(rule)]
     fqn = block.get("modules_to_config") or block.get("module_fqn_to_config")
     tables = {"layer_quant_config": block.get("layer_quant_config"), "module_fqn_to_config": fqn}
     for key, table in tables.items():
-        if isinstance(table, Mapping):
-            yield key, [name for name, rule in table.items() if rule is None]
+        yield key, [name for name, rule in as_table(table).items() if rule is None]
 
 
 def _is_dense(rule: Any) -> bool:
-    bits = rule.get("bits") if isinstance(rule, Mapping) else None
+    bits = as_table(rule).get("bits")
     return isinstance(bits, int) and bits >= _DENSE_BITS
 
 

@@ -17,9 +17,7 @@ Shape = Sequence[int]
 class Orientation:
     """Tells stacks ``(experts, in, out)`` from ``(experts, out, in)``.
 
-    Args:
-        config: ``config.json``.
-        shapes: Layer path -> shape of its codes, one element each.
+    ``shapes`` is layer path -> shape of its codes, one element each.
     """
 
     def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:

@@ -1,24 +1,53 @@
-"""FP8 layers of any tool: which tile of the weight a scale belongs to, and what MLX holds."""
+"""FP8 and MX layers of any tool: which part of a weight a scale belongs to, and what MLX holds.
+
+MXFP4, MXFP6 and MXFP8 have a scale of E8M0 for each 32 inputs, as in MLX.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import DefaultPolicy, SourceLayer
-from requant.formats.mx_layers import mx_layer
+from requant.formats.base import DefaultPolicy, SourceLayer, packed_layer
+from requant.formats.quantization_block import is_count
 from requant.formats.stacks import Experts, are_transposed
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
-from requant.packings.floats import MXFP8, Float8, exponent_bytes
+from requant.packings.floats import MXFP8, Float8, MxBlocks, Mxfp6Blocks, exponent_bytes
 
 # mx.load gives E4M3 as plain bytes.
 FLOAT8 = ("F8_E4M3", "F8_E4M3FNUZ", "U8")
 EXPONENTS = ("U8", "F8_E8M0")
 SCALES = ("F32", "BF16", "F16", *EXPONENTS)
 _USUAL_TILES = ((1, 32), (128, 128), (32, 32))
+
+
+def mx_layer(
+    path: str, weight: SourceTensor, scale: SourceTensor, dtype: str, bits: int, element: str = ""
+) -> SourceLayer:
+    """Describe a layer of bytes ``(..., out, in * bits / 8)`` with scales ``(..., out, in / 32)``.
+
+    Elements of 6 bits are "e2m3" or "e3m2"; ``dtype`` is that of the decoded values.
+    """
+    *leading, n_out, nbytes = weight.info.shape
+    rows, n_in = prod(leading) * n_out, nbytes * 8 // bits
+    packing = (
+        Mxfp6Blocks(rows, n_in, n_out, element)
+        if bits == 6
+        else MxBlocks(rows, n_in, n_out, bits, nbytes)
+    )
+    parts, stored = {"weight": weight, "scale": scale}, f"mxfp{bits} {element}".rstrip()
+    return packed_layer(path, parts, (*leading, n_out, n_in), packing, dtype=dtype, stored=stored)
+
+
+def block_pair(value: Any) -> tuple[int, int] | None:
+    """Rows and columns of a block as a config gives them; None unless it is two counts."""
+    if not isinstance(value, list) or len(value) != 2 or not all(map(is_count, value)):
+        return None
+    return value[0], value[1]
 
 
 def tile_of(
@@ -65,14 +94,8 @@ def float8_layer(
 ) -> SourceLayer:
     """Describe an FP8 layer; its scales are read to see whether mxfp8 holds it exactly.
 
-    Args:
-        checkpoint: For the scales.
-        path: Layer path.
-        weight: FP8 ``(..., out, in)``.
-        scale: As many numbers as there are tiles, in order.
-        tile: Rows and columns with one scale; as many rows as all matrices have for one
-            scale over all.
-        dtype: Header name of the decoded values' dtype.
+    ``scale`` has a number for each ``tile`` (rows and columns) of ``weight``, ``(..., out, in)``,
+    in order; a tile over all matrices has the rows of all. ``dtype`` is that of the decoded values.
     """
     shape = weight.info.shape
     rows, columns = prod(shape[:-1]), shape[-1]
@@ -82,8 +105,37 @@ def float8_layer(
         return mx_layer(path, weight, scale, dtype, bits=8)
     packing = Float8(rows, columns, matrix, tile, width)
     if packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
-        packing = Float8(rows, columns, matrix, tile, width, exact=True)
-    return _layer(path, weight, scale, dtype, packing)
+        packing = replace(packing, exact=True)
+    high, wide = tile
+    if (high, wide) == (1, columns):
+        scales = "one scale a channel"
+    elif (high, wide) == (matrix, columns):
+        scales = "one scale a tensor"
+    else:
+        scales = f"one scale for {high}x{wide}"
+    kind = "e4m3fnuz" if weight.info.dtype == "F8_E4M3FNUZ" else "e4m3"
+    stored = f"fp8 {kind}, {scales}"
+    policy = DefaultPolicy()
+    if not packing.exact:
+        reason = "no mode of MLX holds FP8 with such scales"
+        requires_choice = (
+            f"is stored as {stored}; {reason}, so say what it becomes: add --bits 8 (8.5 bits a "
+            "weight), --mode mxfp8 (8.25), --bits 4 (4.5) or --dequantize "
+            f"({'32' if dtype == 'F32' else '16'})"
+        )
+        policy = DefaultPolicy(
+            reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
+        )
+    return SourceLayer(
+        path=path,
+        parts={"weight": weight, "scale": scale},
+        encoding=MXFP8 if packing.exact else None,
+        shape=shape,
+        dtype=dtype,
+        packing=packing,
+        stored_description=stored,
+        policy=policy,
+    )
 
 
 def float8_stack(
@@ -98,16 +150,10 @@ def float8_stack(
 ) -> SourceLayer:
     """Describe an FP8 layer, or a stack of them, by the shapes of its weight and scale.
 
-    Args:
-        sorter: Of the checkpoint.
-        path: Layer path.
-        weight: FP8 ``(..., out, in)``, or a stack ``(experts, in, out)``.
-        scale: What ``tile_of`` takes; of a transposed stack the same with its axes exchanged, or
-            one number an output.
-        block: The tile that the config names.
-        dtype: Header name of the decoded values' dtype; "" for the model's.
-        transposed: Whether the tool stores ``(experts, in, out)``; the shapes of a model's stacks,
-            and scales of outputs on the last axis, say so too.
+    ``weight`` is FP8 ``(..., out, in)``, or a stack ``(experts, in, out)``, which the tool says
+    (``transposed``) or the shapes do; ``scale`` is as in ``tile_of``, of such a stack with its axes
+    exchanged, or one an output. ``block`` is the tile that the config names, ``dtype`` that of the
+    decoded values; "" for the model's.
 
     Raises:
         LayerError: The scales fit no tiling.
@@ -123,15 +169,10 @@ def float8_stack(
         return float8_layer(sorter.checkpoint, path, weight, scale=scale, tile=tile, dtype=dtype)
     if transposed or are_transposed(weight.info, scale.info):
         return _transposed_stack(sorter, path, weight, scale=scale, block=block, dtype=dtype)
-    raise LayerError(scale.name, _no_tiling(weight, scale, block))
-
-
-def _no_tiling(weight: SourceTensor, scale: SourceTensor, block: tuple[int, int] | None) -> str:
-    shape = weight.info.shape
     high, wide = block or (128, 128)
     grid = [*shape[:-2], -(-shape[-2] // high), -(-shape[-1] // wide)]
     fits = f"{scale.info} fits no tiling of {weight.name} {list(shape)}"
-    return f"{fits}; expected {grid} for {high}x{wide} blocks"
+    raise LayerError(scale.name, f"{fits}; expected {grid} for {high}x{wide} blocks")
 
 
 def _transposed_stack(
@@ -142,7 +183,6 @@ def _transposed_stack(
     block: tuple[int, int] | None,
     dtype: str,
 ) -> SourceLayer:
-    """Describe FP8 experts stored ``(experts, in, out)``."""
     count, n_in, n_out = weight.info.shape
     grid = scale.info.shape
     # fbgemm stores (experts, out, 1) too, the order of an output's scale in the values.
@@ -178,39 +218,3 @@ def _powers_of_two(checkpoint: Checkpoint, scale: SourceTensor, weight: SourceTe
     if scale.info.dtype in EXPONENTS:
         return True
     return exponent_bytes(checkpoint.read_small_tensor(scale.name)) is not None
-
-
-def _layer(
-    path: str, weight: SourceTensor, scale: SourceTensor, dtype: str, packing: Float8
-) -> SourceLayer:
-    """An FP8 layer: mxfp8 where its packing is exact, else one that requires a choice."""
-    high, wide = packing.tile
-    if (high, wide) == (1, packing.columns):
-        scales = "one scale a channel"
-    elif (high, wide) == (packing.matrix, packing.columns):
-        scales = "one scale a tensor"
-    else:
-        scales = f"one scale for {high}x{wide}"
-    kind = "e4m3fnuz" if weight.info.dtype == "F8_E4M3FNUZ" else "e4m3"
-    stored = f"fp8 {kind}, {scales}"
-    policy = DefaultPolicy()
-    if not packing.exact:
-        reason = "no mode of MLX holds FP8 with such scales"
-        requires_choice = (
-            f"is stored as {stored}; {reason}, so say what it becomes: add --bits 8 (8.5 bits a "
-            "weight), --mode mxfp8 (8.25), --bits 4 (4.5) or --dequantize "
-            f"({'32' if dtype == 'F32' else '16'})"
-        )
-        policy = DefaultPolicy(
-            reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
-        )
-    return SourceLayer(
-        path=path,
-        parts={"weight": weight, "scale": scale},
-        encoding=MXFP8 if packing.exact else None,
-        shape=weight.info.shape,
-        dtype=dtype,
-        packing=packing,
-        stored_description=stored,
-        policy=policy,
-    )

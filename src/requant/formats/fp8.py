@@ -5,19 +5,17 @@ Value: ``w = e4m3 * scale``; what DeepSeek calls ``weight_scale_inv`` is that fa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, block_pair, float8_stack, mx_layer
 from requant.formats.layer_names import layer_names
-from requant.formats.mx_layers import mx_layer
 from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.text import format_value
 
 _METHODS = ("fp8", "mxfp8", "fbgemm_fp8")
-_SCALE = "weight_scale"
 
 
 class Fp8:
@@ -34,7 +32,7 @@ class Fp8:
             return f"{block.where}: quant_method {block.method}" if known else None
         parts = layer_names(checkpoint.tensors).tensors
         for name, tensor in parts.items():
-            scale, dtype = parts.get(f"{_path(name)}.{_SCALE}"), tensor.info.dtype
+            scale, dtype = parts.get(f"{name}_scale"), tensor.info.dtype
             if not name.endswith(".weight") or scale is None:
                 continue
             # Plain bytes are FP8 to mx.load; next to a weight_scale other codes are bytes too.
@@ -43,54 +41,41 @@ class Fp8:
         return None
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Pair each FP8 weight with its scales; everything else is dense."""
         found = find_quantization_block(checkpoint)
         sorter = TensorSorter.by_role(checkpoint)
         block = _block(found, sorter)
         fbgemm = found is not None and found.method == "fbgemm_fp8"
         for name, tensor in sorter.parts.items():
-            path = _path(name)
-            scale = sorter.parts.get(f"{path}.{_SCALE}") if name.endswith(".weight") else None
+            scale = sorter.parts.get(f"{name}_scale") if name.endswith(".weight") else None
             if scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
                 parts = {"weight": tensor, "weight_scale": scale}
-                sorter.make(path, parts, _maker(sorter, block, fbgemm))
+                make = partial(_layer, sorter, block, fbgemm)
+                sorter.make(name.removesuffix(".weight"), parts, make)
         sorter.drop_runtime_scales()
         return sorter.layout()
 
 
-def _path(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
 def _block(found: QuantizationBlock | None, sorter: TensorSorter) -> tuple[int, int] | None:
-    """``weight_block_size``, checked."""
     block = None if found is None else found.get("weight_block_size")
     if block is None or found is None:
         return None
-    if isinstance(block, list) and len(block) == 2:
-        high, wide = block
-        if all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in block):
-            return high, wide
+    if pair := block_pair(block):
+        return pair
     where = f"{found.where}.weight_block_size"
     sorter.problem(where, f"is {format_value(block)}, expected two whole numbers, rows and columns")
     return None
 
 
-def _maker(
-    sorter: TensorSorter, block: tuple[int, int] | None, fbgemm: bool
-) -> Callable[[str, Tensors], SourceLayer]:
-    """Return the function that makes one layer, if its tensors fit each other."""
-
-    def make(path: str, parts: Tensors) -> SourceLayer:
-        weight, scale = parts["weight"], parts["weight_scale"]
-        shape = weight.info.shape
-        if len(shape) < 2 or 0 in shape:
-            raise unexpected(weight, "a matrix or a stack of matrices")
-        if weight.info.dtype not in FLOAT8 or _is_fp4(weight, scale):
-            return _fp4_layer(sorter, path, weight, scale)
-        return float8_stack(sorter, path, weight, scale, block=block, transposed=fbgemm)
-
-    return make
+def _layer(
+    sorter: TensorSorter, block: tuple[int, int] | None, fbgemm: bool, path: str, parts: Tensors
+) -> SourceLayer:
+    weight, scale = parts["weight"], parts["weight_scale"]
+    shape = weight.info.shape
+    if len(shape) < 2 or 0 in shape:
+        raise unexpected(weight, "a matrix or a stack of matrices")
+    if weight.info.dtype not in FLOAT8 or _is_fp4(weight, scale):
+        return _fp4_layer(sorter, path, weight, scale)
+    return float8_stack(sorter, path, weight, scale, block=block, transposed=fbgemm)
 
 
 def _is_fp4(weight: SourceTensor, scale: SourceTensor) -> bool:

@@ -11,10 +11,11 @@ from typing import Final
 
 import numpy as np
 
-from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.dtypes import KERNEL_FLOATS
 from requant.core.reasons import Reason, ReasonCode
-from requant.formats.base import SourceLayer, SourceLayout, Tensors, fallback_for
-from requant.formats.mx_layers import mx_layer
+from requant.formats.base import SourceLayer, SourceLayout, Tensors, fallback_for, named_parts
+from requant.formats.float8_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer
 from requant.formats.quantization_block import (
     QuantizationBlock,
@@ -27,7 +28,6 @@ from requant.text import format_value
 
 _CODES: Final = ("qweight", "scales", "weight_global_scale")
 _MATRICES: Final = ("forward_hadamard_matrix", "backward_hadamard_matrix")
-_FLOATS: Final = ("F32", "BF16", "F16")
 _GROUPS: Final = {"mxfp4": 32, "nvfp4": 16}
 _LARGEST_ROTATION: Final = 1024
 
@@ -63,11 +63,13 @@ class FpQuant:
         return claim_by_method(checkpoint, "fp_quant")
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Describe each layer that has codes; everything else is dense."""
         sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
         assert block is not None
-        for path, tensors in _tensors(sorter).items():
-            sorter.make(path, tensors, lambda p, t: _layer(sorter, block, p, t))
+        for name in sorter.tensors:
+            path = name.removesuffix(".qweight")
+            if path != name:
+                parts = named_parts(sorter.tensors, path, (*_CODES, *_MATRICES))
+                sorter.make(path, parts, lambda p, t: _layer(sorter, block, p, t))
         for tensor in sorter.left:
             path, _, role = tensor.name.rpartition(".")
             if role == "act_global_scale":
@@ -80,18 +82,6 @@ class FpQuant:
         if not sorter.quantized:
             sorter.no_layer(block.where, "says fp_quant, but no tensor is a qweight")
         return sorter.layout()
-
-
-def _tensors(sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
-    """Layer path -> role -> tensor, for each layer with codes."""
-    found: dict[str, dict[str, SourceTensor]] = {}
-    for name in sorter.tensors:
-        path = name.removesuffix(".qweight")
-        if path != name:
-            roles = (*_CODES, *_MATRICES)
-            tensors = {role: sorter.tensors.get(f"{path}.{role}") for role in roles}
-            found[path] = {role: tensor for role, tensor in tensors.items() if tensor is not None}
-    return found
 
 
 def _check_rotation(
@@ -108,7 +98,7 @@ def _check_rotation(
         raise LayerError(where, message)
     for matrix in matrices:
         square = len(matrix.info.shape) == 2 and len(set(matrix.info.shape)) == 1
-        floats = matrix.info.dtype in _FLOATS
+        floats = matrix.info.dtype in KERNEL_FLOATS
         if not floats or not square or matrix.info.shape[0] > _LARGEST_ROTATION:
             raise unexpected(matrix, "a square matrix of floats")
         stored = sorter.checkpoint.read_small_tensor(matrix.name).astype(np.float64)
@@ -122,12 +112,7 @@ def _check_rotation(
 
 def _layer(
     sorter: TensorSorter, block: QuantizationBlock, path: str, tensors: Tensors
-) -> SourceLayer | None:
-    """One layer.
-
-    Raises:
-        LayerError: It is rotated, or its tensors contradict each other or the config.
-    """
+) -> SourceLayer:
     dtype = block.word("forward_dtype", "mxfp4")
     if dtype not in _GROUPS:
         raise LayerError(f"{block.where}.forward_dtype", f"is {dtype!r}; read are mxfp4 and nvfp4")
@@ -143,7 +128,7 @@ def _layer(
     groups, ragged = divmod(2 * nbytes, _GROUPS[dtype])
     if ragged or scale.info.shape != (rows, groups) or scale.info.dtype != "U8":
         raise unexpected(scale, f"U8 [{rows}, {groups}], unpadded, for {dtype}")
-    if divisor.info.size != 1 or divisor.info.dtype not in _FLOATS:
+    if divisor.info.size != 1 or divisor.info.dtype not in KERNEL_FLOATS:
         raise unexpected(divisor, "one float")
     if dtype == "nvfp4":
         return nvfp4_layer(sorter, path, weight, scale, divisor, divides=True)

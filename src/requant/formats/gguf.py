@@ -27,8 +27,8 @@ from requant.formats.base import (
 from requant.kernels import cast as values
 from requant.kernels.gguf import TYPES, BlockType, values_into, words_into
 from requant.packings.base import (
+    EXACT,
     Array,
-    Exactness,
     Fidelity,
     MatrixPacking,
     Packing,
@@ -49,14 +49,10 @@ _NAN_EXPONENT, _ZERO_SCALE, _SIGN = 255, 0x7F, 0x80
 
 
 def _by_head(rows: Array, heads: int) -> Array:
-    """Rows of heads in Hugging Face's order.
+    """Rows ``(heads * head_dim, n)`` in Hugging Face's order.
 
     llama.cpp turns neighbouring rows of a head together, Hugging Face row ``i`` with row
     ``i + head_dim / 2``.
-
-    Args:
-        rows: ``(heads * head_dim, n)``.
-        heads: How many.
     """
     pairs = rows.reshape(heads, -1, 2, rows.shape[-1])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
@@ -67,16 +63,11 @@ class _GgufRows(MatrixPacking):
     """Rows of one tensor; of whole heads where their rows change places.
 
     ``weight``: ``[..., rows, in]`` numbers, or bytes of blocks.
-
-    Attributes:
-        type_number: Of the type, as files write it.
-        width: Elements in a stored row.
-        head: Rows of a head that change places; 1 where none do.
     """
 
-    type_number: int
-    width: int
-    head: int = 1
+    type_number: int  # of the type, as files write it
+    width: int  # elements in a stored row
+    head: int = 1  # rows of a head that change places; 1 where none do
 
     @property
     def kind(self) -> BlockType:
@@ -85,12 +76,10 @@ class _GgufRows(MatrixPacking):
 
     @property
     def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
-        """Rows of a head stay together."""
         return self.head
 
     @property
     def stored_kind(self) -> tuple[object, ...]:
-        """The class with the block type."""
         return type(self), self.type_number
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
@@ -123,23 +112,22 @@ class GgufScaledValues(GgufValues):
     """Plain numbers that are multiplied with a scale.
 
     ``tensor_scale``: as for ``GgufBlocks``.
-
-    Attributes:
-        tensor_scales: Numbers in ``tensor_scale``.
     """
 
-    tensor_scales: int = 1
+    tensor_scales: int = 1  # numbers in ``tensor_scale``
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         scale = _scale_cut(self.tensor_scales, start // self.matrix)
         return super().required_rects(start, stop) | {"tensor_scale": scale}
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """The products in float32, rounded once."""
-        wide = self.stored(parts).astype(np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):
-            wide *= parts["tensor_scale"].reshape(-1)[0]
-        values.cast_into(wide, out)
+        _scaled_into(self.stored(parts).astype(np.float32), parts, out)
+
+
+def _scaled_into(wide: Array, parts: Parts, out: Array) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide *= parts["tensor_scale"].reshape(-1)[0]
+    values.cast_into(wide, out)
 
 
 def _scale_cut(scales: int, matrix: int) -> Rect:
@@ -164,16 +152,12 @@ class GgufBlocks(_GgufRows):
     """Blocks of codes.
 
     ``tensor_scale``: one float32 for all matrices, or one for each; absent where it is 1.
-
-    Attributes:
-        tensor_scales: Numbers in ``tensor_scale``; 0 where there is none.
     """
 
-    tensor_scales: int = 0
+    tensor_scales: int = 0  # numbers in ``tensor_scale``; 0 where there is none
 
     @property
     def encoding(self) -> Quantization | None:
-        """MLX's encoding of the same codes."""
         return None if self.tensor_scales else self.kind.encoding
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
@@ -195,16 +179,14 @@ class GgufBlocks(_GgufRows):
             return
         wide = scratch.take("wide", "F32", stop - start, 4 * self.columns)
         values_into(self.kind, self.stored(parts), wide)
-        with np.errstate(over="ignore", invalid="ignore"):
-            wide *= parts["tensor_scale"].reshape(-1)[0]
-        values.cast_into(wide, out)
+        _scaled_into(wide, parts, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Exact where scales and biases are numbers of ``dtype``."""
         name, encoding = self.kind.name, self.encoding
         affine = encoding is not None and encoding.mode is QuantMode.AFFINE
         if not affine or dtype == "F32" or (dtype == "F16" and name in _HALVES):
-            return Fidelity(Exactness.EXACT)
+            return EXACT
         more = ", twice that where a bias follows from its scale"
         return rounded("scales and biases", dtype, more)
 
@@ -250,21 +232,13 @@ class Gguf:
         layers: list[SourceLayer] = []
         problems: list[Problem] = []
         for name, tensor in checkpoint.tensors.items():
-            owner = _owner(name, model)
-            if owner is None:
+            path, _, role = name.rpartition(".")
+            scales = role in ("scale", "input_scale") and f"{path}.weight" in model.tensors
+            if not scales:
                 layers.append(_layer(tensor, model, checkpoint, problems))
-            elif name.endswith(".input_scale"):
+            elif role == "input_scale":
                 dropped.append((name, "MLX does not quantize activations"))
         return SourceLayout(tuple(layers), None, tuple(problems), tuple(dropped), notes=model.notes)
-
-
-def _owner(name: str, model: GgufModel) -> str | None:
-    """The tensor that a tensor scales, or None."""
-    path, _, role = name.rpartition(".")
-    if role not in ("scale", "input_scale"):
-        return None
-    weight = f"{path}.weight"
-    return weight if weight in model.tensors else None
 
 
 def _layer(
@@ -275,13 +249,11 @@ def _layer(
     rows = prod(leading)
     matrix = leading[-1] if leading else 1
     parts = {"weight": tensor}
-    scale = checkpoint.tensors.get(f"{_path(tensor.name)}.scale")
+    is_weight = tensor.name.endswith(".weight")
+    path = tensor.name.removesuffix(".weight")
+    scale = checkpoint.tensors.get(f"{path}.scale") if is_weight else None
     scales = 0
-    if (
-        scale is not None
-        and tensor.name.endswith(".weight")
-        and _scales(checkpoint, scale, rows // matrix, problems)
-    ):
+    if scale is not None and _scales(checkpoint, scale, rows // matrix, problems):
         parts["tensor_scale"] = scale
         scales = scale.info.size
         if stored.is_shifted or (stored.kind.dtype and stored.kind.dtype not in FLOATS):
@@ -289,7 +261,7 @@ def _layer(
             problems.append(Problem(scale.name, message))
     if stored.kind.dtype:
         return _plain(parts, stored, model.dtype, scales)
-    is_layer = tensor.name.endswith(".weight") and len(stored.shape) in (2, 3)
+    is_layer = is_weight and len(stored.shape) in (2, 3)
     packing = (GgufBlocks if is_layer else GgufDenseBlocks)(
         rows=rows,
         columns=columns,
@@ -303,15 +275,14 @@ def _layer(
         return _decoded(parts, stored, model.dtype, packing)
     kind = stored.kind.name
     layer = packed_layer(
-        _path(tensor.name), parts, stored.shape, packing, dtype=model.dtype, stored=f"gguf {kind}"
+        path, parts, stored.shape, packing, dtype=model.dtype, stored=f"gguf {kind}"
     )
     if packing.encoding is not None:
         return layer
     text = f"a scale of {kind} covers fewer values than any of MLX's"
     reason = Reason(ReasonCode.NO_MLX_GROUP, text)
     if scales:
-        text = "a scale over the whole tensor is multiplied in"
-        reason = Reason(ReasonCode.TENSOR_SCALE, text)
+        reason = Reason(ReasonCode.TENSOR_SCALE, "a scale over the whole tensor is multiplied in")
     return replace(layer, policy=DefaultPolicy(fallback=_FALLBACK, reason=reason))
 
 
@@ -351,10 +322,9 @@ def _plain(parts: Tensors, stored: GgufTensor, dtype: str, scales: int) -> Sourc
 
 
 def _decoded(parts: Tensors, stored: GgufTensor, dtype: str, packing: Packing) -> SourceLayer:
-    """A tensor of which only the values go out."""
     name = parts["weight"].name
     return SourceLayer(
-        path=_path(name),
+        path=name.removesuffix(".weight"),
         parts=parts,
         encoding=None,
         shape=stored.shape,
@@ -362,7 +332,3 @@ def _decoded(parts: Tensors, stored: GgufTensor, dtype: str, packing: Packing) -
         packing=packing,
         name="" if name.endswith(".weight") else name,
     )
-
-
-def _path(name: str) -> str:
-    return name.removesuffix(".weight")

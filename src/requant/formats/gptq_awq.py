@@ -8,31 +8,30 @@ is rejected here; ``other_layers`` reads it if shapes leave one reading.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
-from requant.errors import Problem
 from requant.formats.base import (
     DefaultPolicy,
     SourceLayer,
     SourceLayout,
     Tensors,
-    dense_layer,
     fallback_for,
+    named_parts,
     scale_dtype,
 )
 from requant.formats.gptq_act_order import find_folds
 from requant.formats.gptq_awq_config import METHODS, is_elsewhere, method_of, read_convention
 from requant.formats.gptq_awq_layouts import WORDS, Layouts
 from requant.formats.gptq_awq_rules import LayerRules
-from requant.formats.layer_names import layer_names
 from requant.formats.quantization_block import (
     QuantizationBlock,
     find_quantization_block,
     model_dtype,
 )
 from requant.formats.stacks import Experts
-from requant.formats.tensor_sorter import LayerError
+from requant.formats.tensor_sorter import LayerError, TensorSorter
 from requant.packings.awq import AwqFast, AwqGemm, AwqGemv, Marlin
 from requant.packings.base import IntegerPacking
 from requant.packings.gptq import Gptq
@@ -50,8 +49,6 @@ _DISPUTED = (
     "{} layers hold zeros stored as all ones, which readers of GPTQ version 1 take for 0 or for "
     "2^bits: taken for 0, as exllama does. The writer may have lost them; compare the outputs."
 )
-
-
 _VARIANTS: dict[type[IntegerPacking], str] = {
     **{AwqGemm: "gemm", RotatedGemm: "rotated", AwqGemv: "gemv"},
     **{AwqFast: "gemv_fast", Marlin: "marlin"},
@@ -76,23 +73,16 @@ class GptqAwqFormat:
         return f"{block.where}: {block.method or 'the keys of ' + self.name}"
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Find every layer, hold its tensors against each other and against the config."""
         block = find_quantization_block(checkpoint)
         assert block is not None
         return _Reader(self.name, checkpoint, block).read()
 
 
 class _Reader:
-    """Reads one checkpoint and collects what is wrong with it."""
-
     def __init__(self, name: str, checkpoint: Checkpoint, block: QuantizationBlock) -> None:
         self.name, self.checkpoint, self.found = name, checkpoint, block
-        self.tensors = checkpoint.tensors
-        self.names = layer_names(checkpoint.tensors)
-        self.problems: list[Problem] = [
-            Problem(other, f"represents the same part of a layer as {one}; remove one")
-            for one, other in self.names.twice
-        ]
+        self.sorter = TensorSorter.by_role(checkpoint)
+        self.problems = self.sorter.problems
         self.rotations: dict[tuple[str, ...], int | None] = {}
         self.rules = LayerRules(block, self.problems)
         self.model_dtype = model_dtype(checkpoint)
@@ -101,43 +91,31 @@ class _Reader:
         )
 
     def read(self) -> SourceLayout:
-        layers: list[SourceLayer] = []
-        parts_of = self._parts()
+        sorter, parts_of = self.sorter, self._parts()
         taken = {part.name: path for path, parts in parts_of.items() for part in parts.values()}
-        done: set[str] = set()
-        for name, tensor in self.tensors.items():
+        waiting = dict(parts_of)
+        for name, tensor in sorter.tensors.items():
             path = taken.get(name)
             if path is None:
                 self._check_loose(tensor, parts_of)
-                layers.append(dense_layer(tensor))
-            elif path not in done:
-                done.add(path)
-                layer = self._layer(path, parts_of[path])
-                if layer is not None:
-                    layers.append(layer)
-        notes = []
+            elif path in waiting:
+                sorter.make(path, waiting.pop(path), self._layer)
+        for path, parts in parts_of.items():  # those that no layer needs too
+            sorter.claim((part.name for part in parts.values()), path)
         if disputed := self.layouts.disputed:
-            notes.append(Note(NoteCode.CONFIG_CONTRADICTED, _DISPUTED.format(disputed)))
-        folds = [] if self.problems else find_folds(self.checkpoint, layers)
-        rotated = next((x.packing for x in layers if isinstance(x.packing, RotatedGemm)), None)
-        message = f"says {self.name}, but no layer has a .qweight"
-        stale = Problem(self.found.where, f"{message}: if the weights are dense, remove the block")
-        return SourceLayout(
-            tuple(layers),
-            None,
-            tuple(self.problems),
-            folds=tuple(folds),
-            notes=tuple(notes),
-            rotation=None if rotated is None else rotation_entry(rotated.group, rotated.krot),
-            unfulfilled=None if parts_of else stale,
-        )
-
-    def _report(self, where: str, message: str) -> None:
-        self.problems.append(Problem(where, message))
+            sorter.notes.append(Note(NoteCode.CONFIG_CONTRADICTED, _DISPUTED.format(disputed)))
+        if not parts_of:
+            sorter.no_layer(self.found.where, f"says {self.name}, but no layer has a .qweight")
+        layout = sorter.layout()
+        folds = [] if self.problems else find_folds(self.checkpoint, layout.layers)
+        packings = (layer.packing for layer in layout.layers)
+        rotated = next((x for x in packings if isinstance(x, RotatedGemm)), None)
+        rotation = None if rotated is None else rotation_entry(rotated.group, rotated.krot)
+        return replace(layout, folds=tuple(folds), rotation=rotation)
 
     def _parts(self) -> dict[str, dict[str, SourceTensor]]:
         """Layer path -> role -> tensor, for each layer with packed words."""
-        tensors = self.names.tensors
+        tensors = self.sorter.parts
         paths = dict.fromkeys(
             name.rpartition(".")[0]
             for name, tensor in tensors.items()
@@ -145,38 +123,36 @@ class _Reader:
         )
         found: dict[str, dict[str, SourceTensor]] = {}
         for path in paths:
-            names = {role: f"{path}.{role}" for role in _ROLES}
-            if not any(names[role] in tensors for role in ROTATION):
-                names |= shared_rotation(path)
-            found[path] = {r: tensors[n] for r, n in names.items() if n in tensors}
+            found[path] = named_parts(tensors, path, _ROLES)
+            if found[path].keys().isdisjoint(ROTATION):
+                shared = shared_rotation(path)
+                found[path] |= {r: tensors[n] for r, n in shared.items() if n in tensors}
         return found
 
     def _check_loose(self, tensor: SourceTensor, layers: Mapping[str, object]) -> None:
         """A tensor that belongs to no packed layer must make sense without one."""
-        name, info = tensor.name, tensor.info
+        name, info, report = tensor.name, tensor.info, self.sorter.problem
         path, _, role = name.rpartition(".")
         if is_shared_rotation(name):
-            self._report(name, f"is a rotation that experts share, but {path} has none to rotate")
+            report(name, f"is a rotation that experts share, but {path} has none to rotate")
         elif role in ROTATION:
-            self._report(name, f"{info} has no {path}.qweight next to it")
+            report(name, f"{info} has no {path}.qweight next to it")
         elif role == "scales" and len(info.shape) == 1:
-            self._report(
+            report(
                 name,
                 f"{info} divides an activation at run time (AutoAWQ's ScaledActivation); no layer "
                 "of MLX does that, so the weights alone are not the model",
             )
         elif role in ("lora_A", "lora_B") or "lora_A." in name or "lora_B." in name:
-            self._report(name, "is an adapter next to the weights; merge it into the model first")
+            report(name, "is an adapter next to the weights; merge it into the model first")
 
     def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
-        """One packed layer, or None with its problems reported."""
         before = len(self.problems)
         # One that was never filled: some loaders leave it so.
         parts = {role: part for role, part in parts.items() if role != "g_idx" or part.info.size}
         for part in parts.values():
             if not part.info.size:
-                self._report(part.name, f"{part.info} holds nothing")
-                return None
+                raise LayerError(part.name, f"{part.info} holds nothing")
         words = parts.get("qweight")
         if words is not None and len(words.info.shape) == 3:
             return self._stack(path, parts, words.info.shape[0])
@@ -208,27 +184,20 @@ class _Reader:
         )
 
     def _stack(self, path: str, parts: Tensors, count: int) -> SourceLayer | None:
-        """A stack of experts, each packed as a layer of its own."""
         rotation = next((parts[role] for role in ROTATION if role in parts), None)
         if rotation is not None:
             message = "rotates the inputs of a stack of experts, which is not read"
-            self._report(rotation.name, message)
-            return None
-        try:
-            experts = Experts.of(count, parts)
-        except LayerError as rejected:
-            self.problems.append(rejected.problem)
-            return None
+            raise LayerError(rotation.name, message)
+        experts = Experts.of(count, parts)
         layer = self._layer(path, experts.one())
-        return None if layer is None else self.names.called(experts.stack(layer))
+        return None if layer is None else experts.stack(layer)
 
     def _rotated(
         self, path: str, packing: IntegerPacking, rotation_tensors: Tensors
     ) -> RotatedGemm | None:
-        """The same codes with a rotation of their inputs."""
         if self.name != "paroquant" or not isinstance(packing, AwqGemm):
-            self._report(path, f"has a rotation of its inputs, which {self.name} layers have not")
-            return None
+            message = f"has a rotation of its inputs, which {self.name} layers have not"
+            raise LayerError(path, message)
         whose = tuple(tensor.name for tensor in rotation_tensors.values())
         if whose not in self.rotations:  # experts share one
             n_in, group = packing.columns, packing.group

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,16 +17,12 @@ _AWQ_VERSIONS: Final = {
     "llm-awq": "gemv_fast",
     "marlin": "marlin",
 }
-_GPTQ_FORMATS: Final = {"": "gptq", "gptq": "gptq", "gptq_v2": "gptq", "gptq_p": "gptq"}
+_GPTQ_FORMATS: Final = ("", "gptq", "gptq_v2", "gptq_p")
 _AUTO_ROUND: Final = {  # packing_format -> layout, how zeros are stored
-    "": ("gptq", Zeros.PLUS_ONE),
-    "auto": ("gptq", Zeros.PLUS_ONE),
-    "auto_round:auto_gptq": ("gptq", Zeros.PLUS_ONE),
-    "auto_round:gptq": ("gptq", Zeros.PLUS_ONE),
-    "auto_round": ("gptq", Zeros.AS_STORED),
-    "auto_round:gptqmodel": ("gptq", Zeros.AS_STORED),
-    "auto_round:auto_awq": ("gemm", Zeros.AS_STORED),
-    "auto_round:awq": ("gemm", Zeros.AS_STORED),
+    **dict.fromkeys(("", "auto"), ("gptq", Zeros.PLUS_ONE)),
+    **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq"), ("gptq", Zeros.PLUS_ONE)),
+    **dict.fromkeys(("auto_round", "auto_round:gptqmodel"), ("gptq", Zeros.AS_STORED)),
+    **dict.fromkeys(("auto_round:auto_awq", "auto_round:awq"), ("gemm", Zeros.AS_STORED)),
 }
 _ELSEWHERE = ("mlx",)  # AutoRound's exports that are other formats
 # What AutoRound calls layers that are not integers, behind "auto_round:"; tensors determine the
@@ -40,28 +35,22 @@ METHODS: Final = {
     "auto-round": ("auto-round", "auto_round", "intel/auto-round", "auto_round:fp8"),
 }
 _NOT_IN_WEIGHTS = {
-    "rotation": "an online Hadamard rotation",
-    "rotation_config": "an online Hadamard rotation",
-    "spinquant_config": "an online Hadamard rotation",
+    **dict.fromkeys(
+        ("rotation", "rotation_config", "spinquant_config"), "an online Hadamard rotation"
+    ),
     "adapter": "an adapter next to the weights",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Convention:
-    """The layout and the meaning of zeros for all layers of a config.
+    """The layout and the meaning of zeros for all layers of a config."""
 
-    Attributes:
-        layout: "gptq", "gemm", "gemv", "gemv_fast" or "marlin"; "" for what the tensors say.
-        zeros: How a stored zero field becomes the zero; None where the config does not say.
-        planar: Whether codes are stored plane by plane.
-        where: The key that says so.
-    """
-
-    layout: str
+    layout: str  # "gptq", "gemm", "gemv", "gemv_fast" or "marlin"; "" for what the tensors say
+    # how a stored zero field becomes the zero; None where the config does not say
     zeros: Zeros | None = Zeros.AS_STORED
-    planar: bool = False
-    where: str = ""
+    planar: bool = False  # whether codes are stored plane by plane
+    where: str = ""  # the key that says so
 
 
 def method_of(block: QuantizationBlock) -> str:
@@ -133,8 +122,7 @@ class _Config:
         return Convention("")
 
     def _by_gptqmodel(self) -> bool:
-        meta = self.found.get("meta")
-        writer = meta.get("quantizer") if isinstance(meta, Mapping) else None
+        writer = self.found.table("meta").get("quantizer")
         names = writer if isinstance(writer, list) else [writer]
         return any(str(name).startswith("gptqmodel") for name in names)
 

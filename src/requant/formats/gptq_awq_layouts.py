@@ -9,11 +9,12 @@ import numpy as np
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.dtypes import FLOATS, TensorInfo
 from requant.errors import Problem
-from requant.formats.base import NoReading, Tensors
+from requant.formats.base import Tensors
 from requant.formats.gptq_awq_config import Convention
 from requant.formats.gptq_awq_rules import LayerRule
 from requant.formats.integer_layers import groups_of
 from requant.formats.quantization_block import QuantizationBlock
+from requant.formats.tensor_sorter import LayerError, unexpected
 from requant.packings.awq import AwqFast, AwqGemm, AwqGemv, Marlin, gemv_width
 from requant.packings.base import IntegerPacking, stream_codes
 from requant.packings.gptq import PLANES, Gptq, Zeros
@@ -25,11 +26,7 @@ _GPTQ_WORDS = (*WORDS, "I8", "I16", "I64")
 
 
 class Layouts:
-    """Makes the packing of each layer, and collects what is wrong.
-
-    Attributes:
-        disputed: Layers with a zero that readers of GPTQ version 1 take for 0 or 2^bits.
-    """
+    """Makes the packing of each layer, and collects what is wrong."""
 
     def __init__(
         self,
@@ -41,7 +38,7 @@ class Layouts:
     ) -> None:
         self.name, self.checkpoint, self.found = name, checkpoint, block
         self.convention, self.problems = convention, problems
-        self.disputed = 0
+        self.disputed = 0  # layers with a zero that readers of GPTQ version 1 take for 0 or 2^bits
         self._stored: Tensors = {}  # the parts of the current layer
 
     def _report(self, where: str, message: str) -> None:
@@ -52,38 +49,35 @@ class Layouts:
         return self._stored[role].name if role in self._stored else f"{path}.{role}"
 
     def packing(self, path: str, parts: Tensors, rule: LayerRule) -> IntegerPacking | None:
-        """The packing of one layer, or None with its problems reported."""
+        """The packing of one layer, or None with its problems reported.
+
+        Raises:
+            LayerError: Its tensors contradict each other or the config.
+        """
         self._stored = parts
         words = parts.get("qweight", parts.get("B"))
         scales = parts.get("scales", parts.get("s"))
         assert words is not None
         if scales is None:
-            self._report(path, "has packed codes, but no scales")
-            return None
+            raise LayerError(path, "has packed codes, but no scales")
         if len(words.info.shape) != 2 or len(scales.info.shape) != 2:
-            wrong = words if len(words.info.shape) != 2 else scales
-            self._report(wrong.name, f"{wrong.info}, expected two axes")
-            return None
+            raise unexpected(words if len(words.info.shape) != 2 else scales, "two axes")
         if scales.info.dtype not in FLOATS:
-            self._report(scales.name, f"{scales.info}, expected floats")
-            return None
+            raise unexpected(scales, "floats")
         layout = _layout(parts)
         expected = self.convention.layout
         if not layout:
             shapes = ", ".join(f"{role} {part.info}" for role, part in parts.items())
-            self._report(path, f"is laid out as no tool writes it: {shapes}")
-            return None
+            raise LayerError(path, f"is laid out as no tool writes it: {shapes}")
         if expected and layout != expected and not self._same_tool(layout, expected):
-            self._report(
+            raise LayerError(
                 path,
                 f"is laid out as {layout} (qweight {words.info}, scales {scales.info}), but "
                 f"{self.convention.where or self.found.where} says {expected}",
             )
-            return None
         allowed: tuple[str, ...] = {"gptq": _GPTQ_WORDS, "gemv_fast": ("I16",)}.get(layout, WORDS)
         if words.info.dtype not in allowed:
-            self._report(words.name, f"{words.info}, expected {' or '.join(allowed[:2])} words")
-            return None
+            raise unexpected(words, f"{' or '.join(allowed[:2])} words")
         make = {"gemm": self._gemm, "gemv": self._gemv, "gemv_fast": self._fast}
         make |= {"marlin": self._marlin, "gptq": self._gptq}
         return make[layout](path, {role: part.info for role, part in parts.items()}, rule)
@@ -92,8 +86,6 @@ class Layouts:
         """llm-awq's first files are gemv and its later ones gemv_fast under one name."""
         llm_awq = self.found.word("backend") == "llm-awq"
         return llm_awq and {layout, expected} == {"gemv", "gemv_fast"}
-
-    # -- one layout each -----------------------------------------------------------------
 
     def _gemm(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         n_in, width = infos["qweight"].shape
@@ -121,8 +113,8 @@ class Layouts:
         self._check_bits(path, 4, rule)
         width = gemv_width(-(-n_in // group), group)
         if width is None:
-            self._report(rule.where, f"group_size {group} is none that AutoAWQ's gemv packs")
-            return None
+            message = f"group_size {group} is none that AutoAWQ's gemv packs"
+            raise LayerError(rule.where, message)
         self._expect(path, "qzeros", infos, (rows, width), WORDS)
         self._expect(path, "scales", infos, (rows, 8 * width), FLOATS)
         return AwqGemv(rows, n_in, 4, group, symmetric=False, scale_dtype=infos["scales"].dtype)
@@ -167,18 +159,17 @@ class Layouts:
     def _gptq(self, path: str, infos: _Infos, rule: LayerRule) -> IntegerPacking | None:
         groups, rows = infos["scales"].shape
         bits = self._gptq_bits(path, infos, rows, rule)
-        n_in = None if bits is None else self._gptq_inputs(path, infos, bits)
-        group = None if n_in is None else self._group(path, n_in, groups, rule)
-        if bits is None or n_in is None or group is None:
+        if bits is None:
+            return None
+        n_in = self._gptq_inputs(path, infos, bits)
+        group = self._group(path, n_in, groups, rule)
+        if group is None:
             return None
         self._check_gptq_zeros(path, infos, bits, rule)
         act_order = self._act_order(path, infos, (n_in, group, groups), rule)
-        if act_order is None:
-            return None
         if self.convention.zeros is None and "qzeros" in infos:
             message = f"has zeros, and {self.convention.where} does not say how they are stored"
-            self._report(path, message)
-            return None
+            raise LayerError(path, message)
         planar, zeros = self._gptq_dialect(bits)
         packing = Gptq(
             rows,
@@ -201,18 +192,15 @@ class Layouts:
         zeros = infos.get("qzeros")
         if zeros is not None and len(zeros.shape) == 2:
             return self._bits(path, zeros.shape[1] * _word_bits(zeros), rows, rule, PLANES)
+        missing = f"has no qzeros that give its width, and {rule.where}"
         if rule.bits is None:
-            self._report(path, f"has no qzeros that give its width, and {rule.where} no bits")
-        elif rule.bits not in PLANES:
-            self._report(
-                path,
-                f"has no qzeros that give its width, and {rule.where} says {rule.bits} bits; GPTQ "
-                f"writes {min(PLANES)} to {max(PLANES)}",
-            )
-            return None
+            raise LayerError(path, f"{missing} no bits")
+        if rule.bits not in PLANES:
+            known = f"{min(PLANES)} to {max(PLANES)}"
+            raise LayerError(path, f"{missing} says {rule.bits} bits; GPTQ writes {known}")
         return rule.bits
 
-    def _gptq_inputs(self, path: str, infos: _Infos, bits: int) -> int | None:
+    def _gptq_inputs(self, path: str, infos: _Infos, bits: int) -> int:
         """As many as ``g_idx`` has, else as the words hold; words for as many must be there."""
         words = infos["qweight"]
         unit, there = _word_bits(words), words.shape[0] * _word_bits(words)
@@ -221,8 +209,7 @@ class Layouts:
             return n_in
         declared = f" (g_idx has {n_in})" if "g_idx" in infos else ""
         message = f"{words} does not hold {n_in} inputs of {bits} bits{declared}"
-        self._report(self._name(path, "qweight"), message)
-        return None
+        raise LayerError(self._name(path, "qweight"), message)
 
     def _check_gptq_zeros(self, path: str, infos: _Infos, bits: int, rule: LayerRule) -> None:
         if "qzeros" in infos:
@@ -252,8 +239,6 @@ class Layouts:
         stored = stored.reshape(-1, stored.shape[-1])
         fields = stream_codes(stored, packing.bits, packing.rows)
         return bool((fields == (1 << packing.bits) - 1).any())
-
-    # -- checks that layouts share -------------------------------------------------------
 
     def _bits(
         self, path: str, row_bits: int, rows: int, rule: LayerRule, known: Iterable[int]
@@ -309,9 +294,8 @@ class Layouts:
     def _declared_group(self, path: str, n_in: int, rule: LayerRule) -> int | None:
         """The group of a layer whose scales are padded: only the config knows it."""
         if rule.group_size is None:
-            self._report(
-                rule.where, f"gives no group_size, and {path} is padded, so it cannot tell"
-            )
+            message = f"gives no group_size, and {path} is padded, so it cannot tell"
+            self._report(rule.where, message)
             return None
         groups = -(-n_in // rule.group_size) if rule.group_size > 0 else 1
         return self._group(path, n_in, groups, rule)
@@ -319,7 +303,6 @@ class Layouts:
     def _expect(
         self, path: str, role: str, infos: _Infos, shape: tuple[int, ...], dtypes: tuple[str, ...]
     ) -> None:
-        """Report a missing part, or one of another shape or dtype."""
         name, info = self._name(path, role), infos.get(role)
         if info is None:
             self._report(name, "is missing")
@@ -328,50 +311,44 @@ class Layouts:
 
     def _act_order(
         self, path: str, infos: _Infos, sizes: tuple[int, int, int], rule: LayerRule
-    ) -> bool | None:
-        """Whether ``g_idx`` puts inputs into groups out of order; None if it cannot be.
+    ) -> bool:
+        """Whether ``g_idx`` puts inputs into groups out of order.
 
         Where nothing says that they are out of order, one that was never filled (empty, or all
         zero) says nothing: loaders ignore it too.
         """
         n_in, group, groups = sizes
         if "g_idx" not in infos:
-            if rule.shuffled and groups > 1:
-                message = (
-                    f"has no g_idx that says which group an input is of, but {rule.where}: "
-                    "desc_act is true; take the weight files from their publisher again, or say "
-                    "false there if the inputs are in order"
-                )
-                self.problems.append(NoReading(path, message))
-                return None
-            return False
+            if not rule.shuffled or groups == 1:
+                return False
+            message = (
+                f"has no g_idx that says which group an input is of, but {rule.where}: desc_act is "
+                "true; take the weight files from their publisher again, or say false there if the "
+                "inputs are in order"
+            )
+            raise LayerError(path, message, unknown=True)
         name = self._name(path, "g_idx")
         if infos["g_idx"].dtype not in ("I32", "I64") or len(infos["g_idx"].shape) != 1:
-            self._report(name, f"{infos['g_idx']}, expected I32 [{n_in}]")
-            return None
+            raise LayerError(name, f"{infos['g_idx']}, expected I32 [{n_in}]")
         stored = self.checkpoint.read_small_tensor(name).astype(np.int64)
         found = stored.reshape(-1, n_in)  # a row for each expert
         found = np.where(found < 0, found + groups, found)  # GPTQModel counts from the end too
         if n_in and not 0 <= found.min() <= found.max() < groups:
             bad = int(found[(found < 0) | (found >= groups)][0])
             there = pluralize(groups, "group")
-            self._report(name, f"holds group {bad}, but there are scales for {there}")
-            return None
+            raise LayerError(name, f"holds group {bad}, but there are scales for {there}")
         if not found.any() and groups > 1:
             if not rule.shuffled:
                 return False
-            self.problems.append(NoReading(name, f"puts every input into group 0 of {groups}"))
-            return None
+            raise LayerError(name, f"puts every input into group 0 of {groups}", unknown=True)
         if groups == 1 or (found == np.arange(n_in) // group).all():
             return False
         expected = np.minimum(group, n_in - group * np.arange(groups))
         for held in (np.bincount(of, minlength=groups) for of in found):
-            if np.array_equal(held, expected):
-                continue
-            wrong = int(np.flatnonzero(held != expected)[0])
-            message = f"puts {held[wrong]} inputs into group {wrong}, expected {expected[wrong]}"
-            self._report(name, message)
-            return None
+            if not np.array_equal(held, expected):
+                wrong = int(np.flatnonzero(held != expected)[0])
+                puts = f"puts {held[wrong]} inputs into group {wrong}"
+                raise LayerError(name, f"{puts}, expected {expected[wrong]}")
         return True
 
 

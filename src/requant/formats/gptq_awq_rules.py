@@ -22,22 +22,14 @@ _OF_FLOATS = ("fp", "mx", "nv", "float", "bf", "nf")
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
-    """The settings that the config gives to one layer.
+    """The settings that the config gives to one layer."""
 
-    Attributes:
-        bits: Bits a code; None where the config is silent.
-        group_size: Inputs with one scale; -1 for a whole row, None where it is silent.
-        symmetric: Whether every zero is the middle code; None where it is silent.
-        quantized: Whether the layer is to be quantized at all.
-        where: The key that decided.
-        shuffled: Whether the inputs of a group are said to be anywhere in the row (desc_act).
-    """
-
-    bits: int | None
-    group_size: int | None
-    symmetric: bool | None
-    quantized: bool = True
-    where: str = ""
+    bits: int | None  # bits a code; None where the config is silent
+    group_size: int | None  # inputs with one scale; -1 for a whole row, None where it is silent
+    symmetric: bool | None  # whether every zero is the middle code; None where it is silent
+    quantized: bool = True  # whether the layer is to be quantized at all
+    where: str = ""  # the key that decided
+    # whether the inputs of a group are said to be anywhere in the row (desc_act)
     shuffled: bool = False
 
 
@@ -50,11 +42,11 @@ class LayerRules:
         for key, means in (("sym", True), ("zero_point", False)):
             if block.get(key) is not None:
                 symmetric = block.boolean(key, problems, True) is means
-        self.default = LayerRule(None, None, symmetric, where=block.where)
+        bits = group = None
         if not _is_of_floats(block):
             bits, group = (block.integer(key, problems) for key in ("bits", "group_size"))
-            self.default = LayerRule(bits, group, symmetric, where=block.where)
-        self.default = replace(self.default, shuffled=block.get("desc_act") is True)
+        shuffled = block.get("desc_act") is True
+        self.default = LayerRule(bits, group, symmetric, where=block.where, shuffled=shuffled)
         self._exact: dict[str, LayerRule] = {}
         self._patterns: list[tuple[Pattern, bool, LayerRule]] = []
         self._read(block, "dynamic", problems)

@@ -12,13 +12,25 @@ from typing import Any, Final
 import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint
-from requant.core.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
+from requant.core.dtypes import FLOATS, NUMPY_DTYPE
 from requant.core.reasons import Reason, ReasonCode
 from requant.errors import Problem
-from requant.formats.base import SourceLayer, SourceLayout, packed_layer, scale_dtype
+from requant.formats.base import (
+    SourceLayer,
+    SourceLayout,
+    Tensors,
+    named_parts,
+    packed_layer,
+    scale_dtype,
+)
 from requant.formats.integer_layers import integer_layer
-from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
-from requant.formats.tensor_sorter import TensorSorter
+from requant.formats.quantization_block import (
+    QuantizationBlock,
+    as_table,
+    claim_by_method,
+    find_quantization_block,
+)
+from requant.formats.tensor_sorter import LayerError, TensorSorter
 from requant.kernels.repack import HQQ
 from requant.packings.hqq import W_Q, HqqColumns, HqqRows, element
 from requant.packings.row_blocks import NEXT
@@ -39,7 +51,6 @@ _PACKING_OF: Final[Mapping[float, str]] = {
     **{4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"},
 }
 _MAX_SMALL_TENSOR = 64  # letters of a dtype or packing
-_WHY = "says how W_q is stored"
 
 
 class Hqq:
@@ -50,22 +61,18 @@ class Hqq:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, ``W_q`` tells."""
-        block = find_quantization_block(checkpoint)
-        if block is not None:
-            return f"{block.where}: quant_method hqq" if block.method == "hqq" else None
-        return next((name for name in checkpoint.tensors if name.endswith(_SUFFIX)), None)
+        names = (name for name in checkpoint.tensors if name.endswith(_SUFFIX))
+        return claim_by_method(checkpoint, "hqq", names)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Describe each layer that has codes; everything else is dense."""
         sorter = TensorSorter(checkpoint)
         params = _Params(find_quantization_block(checkpoint), sorter.problems)
         paths = [n.removesuffix(_SUFFIX) for n in checkpoint.tensors if n.endswith(_SUFFIX)]
         for path in paths:
             layer = _Layer(sorter, path, params)
-            sorter.add(layer.read())
-            sorter.claim((part.name for part in layer.parts.values()), path)
-            for name in layer.declared.values():
-                sorter.drop(name, _WHY)
+            sorter.make(path, layer.parts, layer.read)
+            for part in layer.declared.values():
+                sorter.drop(part.name, "says how W_q is stored")
         _check_loose(sorter, set(paths))
         if not paths:
             sorter.no_layer(params.where, "says quant_method hqq, but no tensor ends in .W_q")
@@ -103,9 +110,8 @@ class _Params:
         """A parameter of a layer; None where the config is silent."""
         names = (part for part in path.split(".") if not part.isdigit())
         tag = ".".join(name for name in names if name not in ("model", "layers"))
-        block = self.block.get(tag, self.block)
-        params = block.get("weight_quant_params", block) if isinstance(block, Mapping) else None
-        return params.get(key) if isinstance(params, Mapping) else None
+        block = as_table(self.block.get(tag, self.block))
+        return as_table(block.get("weight_quant_params", block)).get(key)
 
 
 class _Layer:
@@ -113,28 +119,19 @@ class _Layer:
 
     def __init__(self, sorter: TensorSorter, path: str, params: _Params) -> None:
         self.sorter, self.path, self.params = sorter, path, params
-        tensors = sorter.tensors
-        names = {role: f"{path}.{role}" for role in (W_Q, *_CODES, *_DECLARED)}
-        names = {role: name for role, name in names.items() if name in tensors}
-        self.declared = {role: name for role, name in names.items() if role in _DECLARED}
-        self.parts = {r: tensors[name] for r, name in names.items() if r not in _DECLARED}
+        self.parts = named_parts(sorter.tensors, path, (W_Q, *_CODES))
+        self.declared = named_parts(sorter.tensors, path, _DECLARED)
 
-    def read(self) -> SourceLayer | None:
-        """The layer, or None with its problems reported."""
+    def read(self, path: str, parts: Tensors) -> SourceLayer | None:
         before = len(self.sorter.problems)
         self._check_parts()
         shape, axis = self._shape(), self._axis()
         if len(self.sorter.problems) > before or shape is None:
             return None
         bits, packing = self._packing()
-        if bits is None or packing is None:
-            return None
-        group = self._group(shape, axis, bits, packing)
-        if group is None:
-            return None
-        if axis == 0:
-            return self._by_column(shape, bits, group, packing)
-        return self._by_row(shape, bits, group, packing)
+        group = self._group(shape, axis, packing)
+        make = self._by_row if axis else self._by_column
+        return make(shape, bits, group, packing)
 
     def _by_column(
         self, shape: tuple[int, int], bits: int, group: int, packing: str
@@ -169,18 +166,20 @@ class _Layer:
         )
 
     def _report(self, role: str, message: str) -> None:
-        self.sorter.problem(f"{self.path}.{role}" if role else self.path, message)
+        self.sorter.problems.append(self._error(role, message).problem)
+
+    def _error(self, role: str, message: str) -> LayerError:
+        return LayerError(f"{self.path}.{role}" if role else self.path, message)
 
     def _value(self, role: str) -> np.ndarray | None:
         """The values of a small tensor; None if the layer has none."""
-        name = self.declared.get(role)
-        if name is None:
+        part = self.declared.get(role)
+        if part is None:
             return None
-        info = self.sorter.tensors[name].info
-        if info.size > _MAX_SMALL_TENSOR:
-            self._report(role, f"{info}, expected a few numbers that say how W_q is stored")
+        if part.info.size > _MAX_SMALL_TENSOR:
+            self._report(role, f"{part.info}, expected a few numbers that say how W_q is stored")
             return None
-        return self.sorter.checkpoint.read_small_tensor(name).reshape(-1)
+        return self.sorter.checkpoint.read_small_tensor(part.name).reshape(-1)
 
     def _number(self, role: str, default: Any) -> Any:
         """One number, from its tensor or else from the config."""
@@ -190,18 +189,15 @@ class _Layer:
             return default if declared is None else declared
         if value.size == 1:
             return value[0].item()
-        self._report(role, f"{self._info(role)}, expected one number")
+        self._report(role, f"{self.declared[role].info}, expected one number")
         return default
-
-    def _info(self, role: str) -> TensorInfo:
-        return self.sorter.tensors[self.declared[role]].info
 
     def _text(self, role: str) -> str:
         value = self._value(role)
         if value is None:
             return ""
         if value.dtype.kind not in "iu":
-            self._report(role, f"{self._info(role)}, expected letters as U8")
+            self._report(role, f"{self.declared[role].info}, expected letters as U8")
             return ""
         return value.astype(np.uint8).tobytes().decode("ascii", "replace")
 
@@ -234,40 +230,28 @@ class _Layer:
             self._report("axis", f"is {format_value(axis)}, expected 0 or 1")
         return int(axis == 1)
 
-    def _packing(self) -> tuple[int | None, str | None]:
+    def _packing(self) -> tuple[int, str]:
         """Bits of a code, and HQQ's name of the packing."""
         declared = self._number("nbits", None)
         if not isinstance(declared, int | float | None):
-            self._report("nbits", f"is {format_value(declared)}, expected a number")
-            return None, None
+            raise self._error("nbits", f"is {format_value(declared)}, expected a number")
         bits = 2 if isinstance(declared, float) and round(declared, 2) == 1.58 else declared
         packing = self._text("packing") or _PACKING_OF.get(bits or 0)
         if packing not in HQQ:
             known = ", ".join(HQQ)
             where = "packing" if "packing" in self.declared else "nbits"
             found = repr(packing) if where == "packing" else repr(declared)
-            self._report(where, f"is {found}; known packings are {known}")
-            return None, None
+            raise self._error(where, f"is {found}; known packings are {known}")
         width = HQQ[packing].bits
-        if packing != "8bit_u8":
-            # 1.58 bits are read back as 1.
-            if bits not in (None, width) and (packing, bits) != ("2bit_u8", 1):
-                self._report(
-                    "nbits",
-                    f"is {format_value(declared)}, but packing {packing!r} holds {width} bits",
-                )
-                return None, None
-            return width, packing
-        if bits is None:
-            bits = width
-        if bits not in (5, 6, 7, 8):
-            self._report(
-                "nbits", f"is {format_value(declared)}, but packing {packing!r} holds 5 to 8 bits"
-            )
-            return None, None
-        return int(bits), packing
+        wide = packing == "8bit_u8"  # a byte holds narrower codes too
+        # 1.58 bits are read back as 1.
+        fitting = (5, 6, 7, 8) if wide else (width, 1) if packing == "2bit_u8" else (width,)
+        if bits is not None and bits not in fitting:
+            held = f"packing {packing!r} holds {'5 to 8' if wide else width} bits"
+            raise self._error("nbits", f"is {format_value(declared)}, but {held}")
+        return int(bits) if wide and bits is not None else width, packing
 
-    def _group(self, shape: tuple[int, int], axis: int, bits: int, packing: str) -> int | None:
+    def _group(self, shape: tuple[int, int], axis: int, packing: str) -> int:
         """The group that the tensors' shapes agree on."""
         codes, size = self.parts[W_Q].info, shape[0] * shape[1]
         scales = self.parts["scale"].info.size
@@ -277,11 +261,10 @@ class _Layer:
         kind = "iu" if not as_float else "fV"
         if stored.kind not in kind or (not as_float and stored.itemsize != expected_dtype.itemsize):
             wanted = "floats (view_as_float)" if as_float else f"{expected_dtype.name} codes"
-            self._report(W_Q, f"{codes}, expected {wanted}")
-            return None
+            raise self._error(W_Q, f"{codes}, expected {wanted}")
         if scales == 0 or size % scales:
-            self._report("scale", f"{self.parts['scale'].info} does not divide a weight of {shape}")
-            return None
+            message = f"{self.parts['scale'].info} does not divide a weight of {shape}"
+            raise self._error("scale", message)
         group = size // scales
         declared = self._number("group_size", None)
         if declared is not None and declared != group:
@@ -291,13 +274,11 @@ class _Layer:
         packed = (HQQ[packing].block(view[0]), view[1] * expected_dtype.itemsize // stored.itemsize)
         if codes.shape != packed:
             expected = f"{list(packed)} for axis {axis}, packing {packing!r}, groups of {group}"
-            self._report(W_Q, f"{codes}, expected {expected}")
-            return None
+            raise self._error(W_Q, f"{codes}, expected {expected}")
         wanted_shape = (scales, 1) if axis else (1, scales)
         for role in _CODES:
             info = self.parts[role].info
             if info.shape != wanted_shape:
                 expected = f"{list(wanted_shape)} for axis {axis}"
-                self._report(role, f"{info}, expected {expected}")
-                return None
+                raise self._error(role, f"{info}, expected {expected}")
         return group

@@ -17,17 +17,11 @@ _ROLE: Final = "input_scale"
 
 @dataclass(frozen=True)
 class InputScaled(WrappedPacking):
-    """A packed layer, column ``j`` times ``input_scale[j]``.
-
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        layer: The packing of the weight itself.
-    """
+    """A packed layer, column ``j`` times ``input_scale[j]``."""
 
     rows: int
     columns: int
-    layer: Packing
+    layer: Packing  # the packing of the weight itself
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {**self.layer.required_rects(start, stop), _ROLE: Rect((0, 1), (0, self.columns))}

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from requant.core.dtypes import TensorInfo
 from requant.core.reasons import Reason, ReasonCode
 from requant.formats.base import SourceLayer, Tensors, packed_layer, scale_dtype
 from requant.formats.tensor_sorter import TensorSorter
 from requant.packings.base import IntegerPacking
+from requant.packings.compressed_tensors import Zeros
 
 _SMALLEST_GROUP = 8
 
@@ -28,6 +34,33 @@ def groups_of(n_in: int, scales: int) -> list[int]:
     return found
 
 
+def row_fields(
+    shape: Sequence[int],
+    scale: TensorInfo,
+    scale_rows: int,
+    *,
+    bits: int = 8,
+    group: int | None = None,
+    zero_points: Zeros = Zeros.MIDDLE,
+) -> dict[str, Any]:
+    """The arguments of ``CtPlain`` and ``CtPacked`` for codes ``(..., out, in)``.
+
+    ``scale_rows`` rows share their scales; without ``group`` a row has one.
+    """
+    return {
+        "rows": prod(shape[:-1]),
+        "columns": shape[-1],
+        "bits": bits,
+        "group": shape[-1] if group is None else group,
+        "symmetric": zero_points is Zeros.MIDDLE,
+        "scale_dtype": scale.dtype,
+        "matrix": shape[-2],
+        "scale_rows": scale_rows,
+        "scale_width": scale.shape[-1] if scale.shape else 1,
+        "zero_points": zero_points,
+    }
+
+
 def integer_layer(
     sorter: TensorSorter,
     path: str,
@@ -37,16 +70,10 @@ def integer_layer(
     tool: str,
     scales: str = "a scale a row",
 ) -> SourceLayer:
-    """Describe a layer of integer codes.
+    """Describe a layer of integer codes, ``(..., out, in)``.
 
-    Args:
-        sorter: For the dtype of scales that are stored in none of 16 bits.
-        path: Layer path.
-        parts: The roles that the packing names.
-        shape: ``(..., out, in)``.
-        packing: How rows come out of ``parts``.
-        tool: Whose layer it is; begins the words for how it is stored.
-        scales: The words for scales that are not one a group.
+    The words for how it is stored begin with ``tool``, and call scales that are not one a group
+    ``scales``.
     """
     group = f"g{packing.group}" if packing.groups > 1 else scales
     reason = None

@@ -29,17 +29,12 @@ from requant.packings.experts import StackedExperts
 # What ends the name of codes -> role. The stacks of fused experts have no module of their own,
 # so that their tensors are joined with "_", or are the path itself.
 _DOTTED: Final = {
-    ".weight": "weight",
-    ".weight_packed": "weight_packed",
-    ".packed": "weight_packed",
-    ".qweight": "qweight",
+    **dict.fromkeys((".weight_packed", ".packed"), "weight_packed"),
+    **{".weight": "weight", ".qweight": "qweight"},
 }
-_JOINED: Final = {
-    "_weight_packed": "weight_packed",
-    "_packed": "weight_packed",
-    "_qweight": "qweight",
-    "_weight": "weight",
-    "": "weight",
+_JOINED: Final = {  # the first that fits counts
+    **dict.fromkeys(("_weight_packed", "_packed"), "weight_packed"),
+    **{"_qweight": "qweight", "_weight": "weight", "": "weight"},
 }
 _OF_WORDS: Final = {  # next to qweight: AWQ and GPTQ
     **dict.fromkeys(("scale", "scales"), "scales"),
@@ -64,16 +59,12 @@ _VLLM: Final = re.compile(r"(?:^|\.)w(?:1|2|3|13)$")
 
 @dataclass(frozen=True)
 class LayerNames:
-    """A checkpoint's tensors by the names of the parts of layers.
+    """A checkpoint's tensors by the names of the parts of layers."""
 
-    Attributes:
-        tensors: Every tensor, under its own name where that is none of another spelling.
-        own: Path -> the name of the dense weight, where it is not ``{path}.weight``.
-        twice: Pairs of names that represent the same part of a layer.
-    """
-
-    tensors: Tensors
+    tensors: Tensors  # every tensor, under its own name where that is none of another spelling
+    # path -> the name of the dense weight, where it is not ``{path}.weight``
     own: Mapping[str, str]
+    # pairs of names that represent the same part of a layer
     twice: tuple[tuple[str, str], ...] = ()
 
     def called(self, layer: SourceLayer) -> SourceLayer:

@@ -14,15 +14,10 @@ from requant.formats.base import RowRange, SourceLayer
 
 @dataclass(frozen=True, slots=True)
 class MatrixScale:
-    """One number of a source layer's tensor of scales.
-
-    Attributes:
-        layer: The layer.
-        index: Which of its scales.
-    """
+    """One number of a source layer's tensor of scales."""
 
     layer: SourceLayer
-    index: int
+    index: int  # which of its scales
 
     def is_same(self, other: MatrixScale) -> bool:
         """Whether both are one number; a layer may occur under several encodings."""

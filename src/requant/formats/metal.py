@@ -12,19 +12,21 @@ from typing import Final
 
 import numpy as np
 
-from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.dtypes import KERNEL_FLOATS
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.integer_layers import integer_layer
-from requant.formats.quantization_block import find_quantization_block
+from requant.formats.quantization_block import claim_by_method, find_quantization_block
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.base import (
+    EXACT,
     Array,
-    Exactness,
     Fidelity,
     IntegerPacking,
     Parts,
     Rect,
     Scratch,
+    affine_into,
     is_narrower,
     rounded,
     stream_codes,
@@ -33,7 +35,6 @@ from requant.text import format_value, join_or
 
 _ROLES: Final = ("weight", "scales", "qbiases")
 _WIDTHS: Final = (2, 4, 8)
-_FLOATS: Final = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,16 @@ class Metal(IntegerPacking):
         return parts["scales"]
 
     def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
-        """As stored."""
         return parts["qbiases"]
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``code * scale + qbias`` in float32, rounded once more."""
-        codes = self.codes(parts, start, stop, scratch).astype(np.float32)
-        scales, biases = (
-            parts[role].astype(np.float32).repeat(self.group, axis=1)
-            for role in ("scales", "qbiases")
-        )
-        with np.errstate(over="ignore"):  # the caller counts infinities
-            out[:] = codes * scales + biases
+        codes = self.codes(parts, start, stop, scratch)
+        affine_into(codes, parts["scales"], parts["qbiases"], self.group, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
-        if not is_narrower(dtype, self.scale_dtype):
-            return Fidelity(Exactness.EXACT)
-        return rounded("scales and biases", dtype)
+        rounds = is_narrower(dtype, self.scale_dtype)
+        return rounded("scales and biases", dtype) if rounds else EXACT
 
 
 class MetalFormat:
@@ -82,13 +76,10 @@ class MetalFormat:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, ``qbiases`` tells."""
-        block = find_quantization_block(checkpoint)
-        if block is not None:
-            return f"{block.where}: quant_method metal" if block.method == "metal" else None
-        return next((name for name in checkpoint.tensors if name.endswith(".qbiases")), None)
+        names = (name for name in checkpoint.tensors if name.endswith(".qbiases"))
+        return claim_by_method(checkpoint, "metal", names)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Describe each layer that has scales; everything else is dense."""
         sorter, block = TensorSorter(checkpoint), find_quantization_block(checkpoint)
         where = "config.json: quantization_config"
         bits = group = None
@@ -105,25 +96,15 @@ class MetalFormat:
         if bits is None or group is None or sorter.problems:
             return SourceLayout((), None, tuple(sorter.problems))
         width, size = bits, group
-        for path, parts in _parts(sorter).items():
-            sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))
+        for path, parts in sorter.layers_with(_ROLES).items():
+            if parts.keys() != {"weight"}:
+                sorter.make(path, parts, lambda p, t: _layer(sorter, p, t, width, size))
         if not sorter.quantized:
             sorter.no_layer(where, "says metal, but no layer has scales")
         return sorter.layout()
 
 
-def _parts(sorter: TensorSorter) -> dict[str, dict[str, SourceTensor]]:
-    """Layer path -> role -> tensor, for each layer with scales or qbiases."""
-    found: dict[str, dict[str, SourceTensor]] = {}
-    for name, tensor in sorter.tensors.items():
-        path, _, role = name.rpartition(".")
-        if role in _ROLES:
-            found.setdefault(path, {})[role] = tensor
-    return {path: parts for path, parts in found.items() if parts.keys() != {"weight"}}
-
-
 def _layer(sorter: TensorSorter, path: str, parts: Tensors, bits: int, group: int) -> SourceLayer:
-    """One layer, if its tensors fit each other."""
     for role in _ROLES:
         if role not in parts:
             raise LayerError(path, f"has no {path}.{role} next to its {', '.join(parts)}")
@@ -137,7 +118,7 @@ def _layer(sorter: TensorSorter, path: str, parts: Tensors, bits: int, group: in
         message = f"{weight.info} holds {columns} inputs of {bits} bits, no multiple of {group}"
         raise LayerError(weight.name, message)
     for part in (scales, biases):
-        if part.info.shape != expected or part.info.dtype not in _FLOATS:
+        if part.info.shape != expected or part.info.dtype not in KERNEL_FLOATS:
             raise unexpected(part, f"floats {list(expected)}")
     if scales.info.dtype != biases.info.dtype:
         raise unexpected(biases, f"{scales.info.dtype} as its scales")

@@ -20,6 +20,7 @@ from requant.formats.base import (
     dense_layer,
     describe_encoding,
     fallback_for,
+    named_parts,
 )
 from requant.formats.mlx_block import (
     SCALE_BYTES,
@@ -100,8 +101,7 @@ def _parts(tensors: Tensors) -> dict[str, dict[str, SourceTensor]]:
         if path == name or f"{path}.weight" not in tensors:
             continue
         roles = ("weight", "scales", "biases", "global_scale", *ROTATION)
-        names = {role: f"{path}.{role}" for role in roles}
-        found[path] = {role: tensors[key] for role, key in names.items() if key in tensors}
+        found[path] = named_parts(tensors, path, roles)
     return found
 
 
@@ -214,7 +214,6 @@ def _wrong_global_scale(
 def _rotated(
     checkpoint: Checkpoint, layer: SourceLayer, rotation_tensors: Tensors, problems: list[Problem]
 ) -> SourceLayer | None:
-    """A layer of requant's with a rotation of its inputs next to the triple (ParoQuant)."""
     entry = checkpoint.config.get("rotation")
     group = entry.get("group_size") if isinstance(entry, dict) else None
     if not isinstance(group, int) or group < 1:

@@ -16,7 +16,7 @@ from requant.checkpoints.folder_files import CONFIG
 from requant.core.dtypes import KERNEL_FLOATS
 from requant.errors import ParseError, Problem
 from requant.formats.base import Tensors, describe_encoding
-from requant.formats.quantization_block import is_mlx_block, sections
+from requant.formats.quantization_block import as_table, is_mlx_block, sections
 from requant.quantization.config import (
     RESERVED_KEYS,
     SKIP,
@@ -37,17 +37,12 @@ _WRAPPERS: Final = re.compile(r"(?:(?:model|language_model|text_model|llm|module
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """The parameters that the block gives to a layer.
+    """The parameters that the block gives to a layer."""
 
-    Attributes:
-        where: The key that says so.
-        quantization: With MLX's defaults for what is not said; None for a dense layer.
-        declared: The parameters that are said.
-    """
-
-    where: str
+    where: str  # the key that says so
+    # with MLX's defaults for what is not said; None for a dense layer
     quantization: Quantization | None
-    declared: frozenset[str] = frozenset()
+    declared: frozenset[str] = frozenset()  # the parameters that are said
 
     def agrees(self, other: Quantization) -> bool:
         """Whether ``other`` has every value that is said."""
@@ -57,21 +52,15 @@ class Stated:
 
 @dataclass
 class MlxBlock:
-    """One block.
+    """One block."""
 
-    Attributes:
-        where: "config.json: quantization".
-        default: For layers without an entry; None where the block gives none that is legal.
-        entries: Layer path -> what its entry says.
-        problems: Entries that say nothing that can be.
-        strays: Layer path without the prefixes of wrappers -> the entries of that path that no
-            tensors have the name of.
-    """
-
-    where: str
+    where: str  # "config.json: quantization"
+    # for layers without an entry; None where the block gives none that is legal
     default: Stated | None = None
-    entries: dict[str, Stated] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    entries: dict[str, Stated] = field(default_factory=dict)  # layer path -> what its entry says
+    problems: list[Problem] = field(default_factory=list)  # entries that say nothing that can be
+    # layer path without the prefixes of wrappers -> the entries of that path that no tensors have
+    # the name of
     strays: dict[str, list[Stated]] = field(default_factory=dict)
 
     def of(self, path: str, fitting: Sequence[Quantization]) -> Stated | None:
@@ -108,13 +97,10 @@ def find_block(checkpoint: Checkpoint) -> tuple[str, Any]:
         if block is not None and (not keys or is_mlx_block(block)):
             return where, block
         block = section.get("quantization_config")
-        if isinstance(block, Mapping) and _is_of_mlx(block):
+        table = as_table(block)
+        if "bits" in table and table.get("quant_method") in (None, "mlx"):
             return f"{where}_config", block
     return f"{CONFIG}: quantization", None
-
-
-def _is_of_mlx(block: Mapping[str, Any]) -> bool:
-    return "bits" in block and block.get("quant_method") in (None, "mlx")
 
 
 def _bare(path: str) -> str:
@@ -122,13 +108,10 @@ def _bare(path: str) -> str:
 
 
 def read_block(where: str, block: Any, names_layer: Callable[[str], bool]) -> MlxBlock:
-    """Read a block, and collect what is wrong with it.
+    """Read the block under the key ``where``, and collect what is wrong with it.
 
-    Args:
-        where: The key.
-        block: Its value.
-        names_layer: Whether there are tensors under a path; what names none and is not an object
-            is a remark of another tool.
+    ``names_layer`` tells whether there are tensors under a path; what names none and is not an
+    object is a remark of another tool.
     """
     found = MlxBlock(where)
     if not isinstance(block, Mapping):

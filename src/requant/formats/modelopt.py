@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.dtypes import FLOATS
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
 from requant.formats.layer_names import layer_names
@@ -52,7 +52,6 @@ class ModelOpt:
         return next((part.name for name, part in parts.items() if _is_nvfp4(name, parts)), None)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Describe each layer that has a scale; everything else is dense."""
         return _Reader(checkpoint).read()
 
 
@@ -66,30 +65,24 @@ def _is_nvfp4(name: str, parts: Tensors) -> bool:
 
 
 class _Reader:
-    """Reads one checkpoint and collects what is wrong with it."""
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.sorter = checkpoint, TensorSorter.by_role(checkpoint)
         block = find_quantization_block(checkpoint) or QuantizationBlock("hf_quant_config.json", {})
-        inner = block.get("quantization")
-        if isinstance(inner, Mapping):
-            block = QuantizationBlock(f"{block.where}: quantization", inner)
-        self.found = block
+        self.found = block = block.inner
         self.algorithm = self._algorithm(block.get("quant_algo"), f"{block.where}.quant_algo")
         self.by_layer = self._by_layer()
 
     def read(self) -> SourceLayout:
         sorter = self.sorter
-        for path, parts in self._parts().items():
-            sorter.make(path, parts, self._layer)
+        for path, parts in sorter.layers_with(_ROLES).items():
+            if len(parts) > 1 and "weight" in parts and parts["weight"].info.dtype not in FLOATS:
+                sorter.make(path, parts, self._layer)
         sorter.drop_runtime_scales()
         self._check_loose()
         if not sorter.quantized and self.algorithm:
             message = f"is {self.algorithm}, but no layer has a weight_scale"
             sorter.no_layer(f"{self.found.where}.quant_algo", message)
         return sorter.layout()
-
-    # -- the config ----------------------------------------------------------------------
 
     def _algorithm(self, value: Any, where: str) -> str:
         """A known algorithm in upper case; "" where the config is silent."""
@@ -119,21 +112,6 @@ class _Reader:
             if isinstance(declared, Mapping)
         }
 
-    # -- the tensors ---------------------------------------------------------------------
-
-    def _parts(self) -> dict[str, dict[str, SourceTensor]]:
-        """Layer path -> role -> tensor, for each layer with more than a weight."""
-        found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.sorter.parts.items():
-            path, _, role = name.rpartition(".")
-            if role in _ROLES:
-                found.setdefault(path, {})[role] = tensor
-        return {
-            path: parts
-            for path, parts in found.items()
-            if len(parts) > 1 and "weight" in parts and parts["weight"].info.dtype not in FLOATS
-        }
-
     def _check_loose(self) -> None:
         """Report low-rank branches, and note layers that are dense though named."""
         sorter = self.sorter
@@ -143,16 +121,10 @@ class _Reader:
                 sorter.problem(tensor.name, message)
         sorter.note_dense(f"{self.found.where}.quantized_layers", self.by_layer)
 
-    def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
-        """One layer by what its tensors say.
-
-        Raises:
-            LayerError: They contradict each other or the config.
-        """
+    def _layer(self, path: str, parts: Tensors) -> SourceLayer:
         experts = transposed_experts(self.sorter, path, parts)
         if experts is not None:
-            layer = self._layer(path, experts.one())
-            return None if layer is None else experts.stack(layer)
+            return experts.stack(self._layer(path, experts.one()))
         kind = stored_kind(path, parts)
         named = self.by_layer.get(path, "" if self.algorithm == _MIXED else self.algorithm)
         if _ALGORITHMS.get(named, kind) != kind:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from requant.checkpoints.checkpoint import SourceTensor
+from requant.core.dtypes import KERNEL_FLOATS
 from requant.formats.base import SourceLayer, Tensors
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, tile_of
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack, mx_layer, tile_of
 from requant.formats.input_scaled import input_scaled
-from requant.formats.integer_layers import integer_layer
-from requant.formats.mx_layers import mx_layer
+from requant.formats.integer_layers import integer_layer, row_fields
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
 from requant.formats.stacks import Experts, are_transposed, rows_with_one_scale
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.kernels.repack import row_pairs_into
 from requant.packings.base import Array, IntegerPacking, Parts, Rect, Scratch
-from requant.packings.compressed_tensors import CtPlain, Zeros
-
-_FLOATS: Final = ("F32", "BF16", "F16")
+from requant.packings.compressed_tensors import CtPlain
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,12 @@ _E4M3 = ("F8_E4M3", "U8")
 
 
 def stored_kind(path: str, parts: Tensors) -> str:
-    """The kind of a layer: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
+    """The kind of a layer with a ``weight``: nvfp4, mxfp4, mxfp8, fp8, int4 or int8.
 
     Raises:
         LayerError: Not as ModelOpt writes them.
     """
-    weight, scale = parts.get("weight"), parts.get("weight_scale")
-    if weight is None:
-        names = ", ".join(part.name for part in parts.values())
-        raise LayerError(path, f"has {names}, but no {path}.weight")
+    weight, scale = parts["weight"], parts.get("weight_scale")
     if scale is None:
         others = ", ".join(role for role in parts if role != "weight")
         raise LayerError(weight.name, f"has no weight_scale next to it (it has {others})")
@@ -70,7 +65,7 @@ def stored_kind(path: str, parts: Tensors) -> str:
     *leading, height, width = codes.shape
     by_row = scales.shape[:-1] == codes.shape[:-1]
     group_codes = width / scales.shape[-1] if by_row else 0  # elements of a row with one scale
-    if scales.dtype in _FLOATS:
+    if scales.dtype in KERNEL_FLOATS:
         in_pairs = scales.shape[:-1] == (*leading, 2 * height)
         if codes.dtype == "I8":
             return "int8"
@@ -94,19 +89,16 @@ def transposed_experts(sorter: TensorSorter, path: str, parts: Tensors) -> Exper
 
     ModelOpt transposes the stacks of Llama 4 and gpt-oss back after it has quantized them, so that
     bytes and groups run down the axis before the last. FP8 is detected by ``float8_stack``.
-
-    Raises:
-        LayerError: Its tensors are of different numbers of experts.
     """
-    weight, scale = parts.get("weight"), parts.get("weight_scale")
-    if weight is None or scale is None or not are_transposed(weight.info, scale.info):
+    weight, scale = parts["weight"], parts.get("weight_scale")
+    if scale is None or not are_transposed(weight.info, scale.info):
         return None
     if weight.info.dtype in FLOAT8[:2] and scale.info.dtype not in EXPONENTS:
         return None
     return Experts.of(weight.info.shape[0], parts, ("weight", "weight_scale"))
 
 
-def make_layer(sorter: TensorSorter, kind: str, path: str, parts: Tensors) -> SourceLayer | None:
+def make_layer(sorter: TensorSorter, kind: str, path: str, parts: Tensors) -> SourceLayer:
     """Describe a layer of a kind that ``stored_kind`` found.
 
     Raises:
@@ -114,7 +106,6 @@ def make_layer(sorter: TensorSorter, kind: str, path: str, parts: Tensors) -> So
     """
     weight, scale = parts["weight"], parts["weight_scale"]
     second, inputs = parts.get("weight_scale_2"), parts.get("pre_quant_scale")
-    layer: SourceLayer | None
     if kind == "nvfp4" and second is None:
         missing = "weight_scale_2 that multiplies them"
         layer = nvfp4_without_tensor_scale(sorter, path, weight, scale, missing)
@@ -128,10 +119,10 @@ def make_layer(sorter: TensorSorter, kind: str, path: str, parts: Tensors) -> So
         layer = mx_layer(path, weight, scale, sorter.dtype, bits=int(kind[-1]))
     else:
         layer = (_int4 if kind == "int4" else _int8)(sorter, path, weight, scale)
-    if layer is None or inputs is None:
+    if inputs is None:
         return layer
     n_in = layer.shape[-1]
-    if inputs.info.dtype not in _FLOATS or inputs.info.shape != (n_in,):
+    if inputs.info.dtype not in KERNEL_FLOATS or inputs.info.shape != (n_in,):
         raise unexpected(inputs, f"floats [{n_in}], one an input")
     return input_scaled(layer, inputs)
 
@@ -155,17 +146,6 @@ def _int8(
     if found is None or found[1] != 1:
         *leading, n_out, _ = shape
         raise unexpected(scale, f"{[*leading, n_out]}, one a row of codes")
-    packing = CtPlain(
-        rows=prod(shape[:-1]),
-        columns=shape[-1],
-        bits=8,
-        group=shape[-1],
-        symmetric=True,
-        scale_dtype=scale.info.dtype,
-        matrix=shape[-2],
-        scale_rows=found[0],
-        scale_width=scale.info.shape[-1] if scale.info.shape else 1,
-        zero_points=Zeros.MIDDLE,
-    )
+    packing = CtPlain(**row_fields(shape, scale.info, scale_rows=found[0]))
     parts = {"weight": weight, "weight_scale": scale}
     return integer_layer(sorter, path, parts, shape, packing, tool="modelopt")

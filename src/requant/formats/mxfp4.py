@@ -5,15 +5,16 @@ Value: ``w = element * 2^(scale - 127)``, 32 inputs a scale; MLX's mxfp4, byte f
 
 from __future__ import annotations
 
+from functools import partial
+
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
 from requant.formats.base import SourceLayer, SourceLayout, Tensors, packed_layer
-from requant.formats.float8_layers import EXPONENTS
+from requant.formats.float8_layers import EXPONENTS, mx_layer
 from requant.formats.layer_names import layer_names
-from requant.formats.mx_layers import mx_layer
 from requant.formats.quantization_block import find_quantization_block
 from requant.formats.stacks import Experts, are_transposed
-from requant.formats.tensor_sorter import TensorSorter, unexpected
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.floats import MxBlocks
 
 # Of the blocks, and of the scales next to them: as transformers and as OpenAI name them.
@@ -44,13 +45,14 @@ class Mxfp4:
         return None
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Pair blocks with scales; everything else is dense."""
         sorter = TensorSorter.by_role(checkpoint)
         for name, tensor in checkpoint.tensors.items():
             for blocks, scales in _SUFFIXES:
                 path = name.removesuffix(blocks)
                 if path != name:
-                    sorter.add(_layer(sorter, path, tensor, f"{path}{scales}"))
+                    scale = checkpoint.tensors.get(f"{path}{scales}")
+                    parts = {"weight": tensor} | ({} if scale is None else {"scale": scale})
+                    sorter.make(path, parts, partial(_blocks_layer, sorter, f"{path}{scales}"))
         for path, (weight, scale) in _pairs(sorter.parts).items():
             parts = {"weight": weight, "weight_scale": scale}
             sorter.make(path, parts, lambda path, parts: _flat_layer(sorter, path, parts))
@@ -105,27 +107,24 @@ def _flat_layer(sorter: TensorSorter, path: str, parts: Tensors) -> SourceLayer:
     return mx_layer(path, weight, scale, sorter.dtype, bits=4)
 
 
-def _layer(
-    sorter: TensorSorter, path: str, blocks: SourceTensor, scales: str
+def _blocks_layer(
+    sorter: TensorSorter, scales: str, path: str, parts: Tensors
 ) -> SourceLayer | None:
-    """One stack of experts, if its tensors fit each other."""
-    scale, shape = sorter.tensors.get(scales), blocks.info.shape
-    sorter.claim([blocks.name], path)
-    if blocks.info.dtype != "U8" or len(shape) < 3 or shape[-1] != _BLOCK_BYTES:
+    """A stack of experts in blocks; ``scales`` is the name that their scales have."""
+    blocks, scale = parts["weight"], parts.get("scale")
+    shape = blocks.info.shape
+    fits = blocks.info.dtype == "U8" and len(shape) >= 3 and shape[-1] == _BLOCK_BYTES
+    if not fits:
         message = f"{blocks.info}, expected U8 [..., out, in / 32, {_BLOCK_BYTES}]"
         sorter.problem(blocks.name, message)
     if scale is None:
-        sorter.problem(blocks.name, f"has no scales: {scales} is missing")
-        return None
-    sorter.claim([scales], path)
-    if scale.info.dtype not in ("U8", "F8_E8M0") or scale.info.shape != shape[:-1]:
-        sorter.problem(
-            scales, f"{scale.info}, expected U8 {list(shape[:-1])} next to {blocks.name}"
-        )
-    if any(problem.where in (blocks.name, scales) for problem in sorter.problems):
+        raise LayerError(blocks.name, f"has no scales: {scales} is missing")
+    if scale.info.dtype not in EXPONENTS or scale.info.shape != shape[:-1]:
+        raise unexpected(scale, f"U8 {list(shape[:-1])} next to {blocks.name}")
+    if not fits:
         return None
     *leading, n_out, groups, _ = shape
     n_in, rows = groups * 32, blocks.info.size // (groups * _BLOCK_BYTES)
     packing = MxBlocks(rows, n_in, n_out, 4, _BLOCK_BYTES)
-    logical, parts = (*leading, n_out, n_in), {"weight": blocks, "scale": scale}
-    return packed_layer(path, parts, logical, packing, dtype=sorter.dtype, stored="mxfp4")
+    shape = (*leading, n_out, n_in)
+    return packed_layer(path, parts, shape, packing, dtype=sorter.dtype, stored="mxfp4")

@@ -10,10 +10,11 @@ import ml_dtypes
 import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import KERNEL_FLOATS
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.formats.base import DefaultPolicy, RowRange, SourceLayer, fallback_for, packed_layer
 from requant.formats.matrix_scales import MatrixScale, scale_of_each_matrix
-from requant.formats.tensor_sorter import LayerError, TensorSorter
+from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.floats import NVFP4, GlobalScales, NvBlocks, apply_tensor_scale, fold_e4m3
 from requant.text import format_value
 
@@ -35,20 +36,18 @@ def nvfp4_layer(
     tensor_scale: SourceTensor | None,
     *,
     divides: bool,
-) -> SourceLayer | None:
-    """Describe an NVFP4 layer, or report what is wrong with its tensor scale.
+) -> SourceLayer:
+    """Describe an NVFP4 layer.
 
     The tensor scale folds into the group scales where each product is an E4M3 number again.
     Only a power of two can do that for all of them, so the group scales are read for no other.
 
-    Args:
-        sorter: Of the checkpoint; takes the problems.
-        path: Layer path.
-        weight: Bytes ``(..., out, in / 2)``.
-        scale: E4M3 ``(..., out, in / 16)``.
-        tensor_scale: One number, one for each matrix, or for stacks one each for gate and up,
-            ``(experts, 2)``; None where there is none.
-        divides: Whether group scales are divided by it, as compressed-tensors does.
+    ``weight`` is bytes ``(..., out, in / 2)``, ``scale`` E4M3 ``(..., out, in / 16)``, and
+    ``tensor_scale`` one number, one for each matrix, or for stacks one each for gate and up,
+    ``(experts, 2)``. Group scales are multiplied with it, or divided as in compressed-tensors.
+
+    Raises:
+        LayerError: The tensor scale is not what it should be.
     """
     *leading, n_out, nbytes = weight.info.shape
     shape = (*leading, n_out, 2 * nbytes)
@@ -63,8 +62,6 @@ def nvfp4_layer(
     if tensor_scale is None:
         return bare
     factors = _factors(sorter, tensor_scale, matrices)
-    if factors is None:
-        return None
     info = tensor_scale.info
     exact = _folds(sorter.checkpoint, scale, factors, divides)
     width = info.shape[-1] if info.shape else 1
@@ -80,13 +77,12 @@ def nvfp4_layer(
 
 def nvfp4_without_tensor_scale(
     sorter: TensorSorter, path: str, weight: SourceTensor, scale: SourceTensor, missing: str
-) -> SourceLayer | None:
+) -> SourceLayer:
     """Describe a stack of NVFP4 matrices whose group scales are all there is.
 
     Tools that write a tensor scale choose it so that the largest group scale of a matrix is 448,
     E4M3's largest number. A stack whose scales reach that has lost its tensor scale, and so has
     one in a folder where others have theirs, and any single matrix.
-
 
     Weight and scale are as in ``nvfp4_layer``; ``missing`` is the name that a tensor scale has.
 
@@ -110,20 +106,18 @@ def nvfp4_without_tensor_scale(
     return nvfp4_layer(sorter, path, weight, scale, None, divides=False)
 
 
-def _factors(sorter: TensorSorter, tensor_scale: SourceTensor, matrices: int) -> np.ndarray | None:
-    """The tensor scales, float32, one or one for each matrix; None with a problem."""
+def _factors(sorter: TensorSorter, tensor_scale: SourceTensor, matrices: int) -> np.ndarray:
+    """The tensor scales, float32, one or one for each matrix."""
     info = tensor_scale.info
-    if info.dtype not in ("F32", "BF16", "F16") or info.size not in (1, matrices):
+    if info.dtype not in KERNEL_FLOATS or info.size not in (1, matrices):
         each = f", or one for each of {matrices} matrices" if matrices > 1 else ""
-        sorter.problem(tensor_scale.name, f"{info}, expected one F32{each}")
-        return None
+        raise unexpected(tensor_scale, f"one F32{each}")
     stored = sorter.checkpoint.read_small_tensor(tensor_scale.name)
     factors = stored.astype(np.float32).reshape(-1)
     sound = np.isfinite(factors) & (factors > 0)
     if not sound.all():
         bad = format_value(float(factors[~sound][0]))
-        sorter.problem(tensor_scale.name, f"holds {bad}, expected a finite number above 0")
-        return None
+        raise LayerError(tensor_scale.name, f"holds {bad}, expected a finite number above 0")
     return factors
 
 

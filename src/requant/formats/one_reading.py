@@ -38,11 +38,9 @@ def is_certain(
 ) -> bool:
     """Whether tensors of common names and dtypes leave no second reading.
 
-    Args:
-        layer: As a reader made it that the config does not describe.
-        claimed_by: The format of the folder.
-        siblings: Names of the tensors that are left.
-        others: Whether other tensors of the folder are called FP8.
+    ``layer`` is as a reader made it that the config does not describe, in a folder of the format
+    ``claimed_by``; ``siblings`` are the names of tensors that are left, and ``others`` whether
+    other tensors of the folder are called FP8.
     """
     weight, scale = layer.parts.get("weight"), layer.parts.get("scale")
     if weight is None:

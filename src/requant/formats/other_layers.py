@@ -32,6 +32,7 @@ from requant.formats.one_reading import (
 )
 from requant.formats.quantization_block import (
     QuantizationBlock,
+    as_table,
     find_quantization_block,
     with_block,
     without_blocks,
@@ -55,39 +56,24 @@ _NAMED: Final = 3  # of many layers, how many a note names
 
 @dataclass
 class _Taken:
-    """The layers that other readers have taken so far.
+    """The layers that other readers have taken so far."""
 
-    Attributes:
-        layers: In no order.
-        names: Of their tensors, those without use included.
-        dropped: Tensors without use, each with the reason.
-        notes: Of the readers, and of the step itself.
-        problems: Layers with more than one reading.
-        disputed: Names of the tensors of those.
-        against: How many layers the config describes wrongly.
-    """
-
-    layers: list[SourceLayer] = field(default_factory=list)
-    names: set[str] = field(default_factory=set)
+    layers: list[SourceLayer] = field(default_factory=list)  # in no order
+    names: set[str] = field(default_factory=set)  # of their tensors, those without use included
+    # tensors without use, each with the reason
     dropped: dict[str, str] = field(default_factory=dict)
-    notes: list[Note] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    disputed: set[str] = field(default_factory=set)
-    against: int = 0
+    notes: list[Note] = field(default_factory=list)  # of the readers, and of the step itself
+    problems: list[Problem] = field(default_factory=list)  # layers with more than one reading
+    disputed: set[str] = field(default_factory=set)  # names of the tensors of those
+    against: int = 0  # how many layers the config describes wrongly
 
 
 def read_each_layer(
     known: Format, formats: Sequence[Format], checkpoint: Checkpoint
 ) -> tuple[SourceLayout, int]:
-    """Every layer of a checkpoint: by the format that claims it, or by what its tensors are.
+    """Every layer of a checkpoint: by ``known``, which claims it, or by what its tensors are.
 
-    Args:
-        known: The format that claims the checkpoint.
-        formats: All built-in formats.
-        checkpoint: The source.
-
-    Returns:
-        The layout, and how many layers the config describes wrongly.
+    Returns the layout, and how many layers the config describes wrongly.
     """
     step = _Step(known, formats, checkpoint)
     layout = step.layout
@@ -141,8 +127,6 @@ class _Step:
             for each in {path, path.removesuffix(".weight")}:
                 inside.setdefault(each, set()).add(name)
         return inside
-
-    # -- readings ------------------------------------------------------------------------
 
     def _by_format(self, checkpoint: Checkpoint) -> SourceLayout:
         """Read by the format; plain bytes are FP8 only where the config calls them so."""
@@ -213,7 +197,6 @@ class _Step:
         return self._accept(sound, dropped, layout.notes)
 
     def _made(self, layout: SourceLayout, own: bool) -> Iterator[SourceLayer]:
-        """The layers of a layout that may be taken."""
         for layer in layout.layers:
             if not layer.is_quantized or self._is_barred(layer.path):
                 continue
@@ -261,8 +244,6 @@ class _Step:
         own = OWN_NAMES.get(self.known.name, ())
         return not any(f"{layer.path}{ending}" in names for ending in own)
 
-    # -- what is said --------------------------------------------------------------------
-
     def _why(self, layer: SourceLayer) -> str:
         """Return what the format said of a layer that it rejected."""
         names = self._names_of(layer.path) | {layer.path}
@@ -302,16 +283,14 @@ class _Step:
 
     def _is_declared(self, layer: SourceLayer) -> bool:
         """Whether AutoRound's config gives a layer, or all of them, the kind of its codes."""
-        table = None if self.found is None else self.found.get("extra_config")
-        entry = table.get(layer.path) if isinstance(table, Mapping) else None
-        declared = entry.get("data_type") if isinstance(entry, Mapping) else None
-        if declared is None and self.found is not None:
+        if self.found is None:
+            return False
+        declared = as_table(self.found.table("extra_config").get(layer.path)).get("data_type")
+        if declared is None:
             declared = self.found.get("data_type")
         return isinstance(declared, str) and (
             declared.lower().startswith("int") is isinstance(layer.packing, IntegerPacking)
         )
-
-    # -- the whole -----------------------------------------------------------------------
 
     def joined(self) -> SourceLayout:
         """The layers that the format reads of the rest, and those taken, in the order of bytes."""
@@ -347,5 +326,4 @@ def _places(where: str) -> Iterator[str]:
 
 
 def _used(layer: SourceLayer) -> set[str]:
-    """The tensors that a layer is made of."""
     return {part.name for part in (*layer.parts.values(), *layer.rotation_tensors.values())}

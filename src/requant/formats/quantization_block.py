@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import CONFIG, QUANTIZATION_FILES
@@ -36,16 +36,11 @@ ALIASES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class QuantizationBlock:
-    """A quantization block and its path ("config.json: quantization_config").
+    """A quantization block and its path ("config.json: quantization_config")."""
 
-    Attributes:
-        where: For messages.
-        block: The block.
-        keys: Of config.json, from the outermost in; empty for a block in a file of its own.
-    """
-
-    where: str
+    where: str  # for messages
     block: Mapping[str, Any]
+    # of config.json, from the outermost in; empty for a block in a file of its own
     keys: tuple[str, ...] = ()
 
     @property
@@ -60,6 +55,18 @@ class QuantizationBlock:
                 return self.block[name]
         return default
 
+    def table(self, key: str) -> Mapping[str, Any]:
+        """An object; an empty one where there is none."""
+        return as_table(self.get(key))
+
+    @property
+    def inner(self) -> QuantizationBlock:
+        """The inner block of ModelOpt's own file, else the block itself."""
+        inner = self.block.get("quantization")
+        if not isinstance(inner, Mapping):
+            return self
+        return QuantizationBlock(f"{self.where}: quantization", inner)
+
     def word(self, key: str, default: str = "") -> str:
         """A text value in lower case; ``default`` where there is none."""
         value = self.get(key)
@@ -71,7 +78,6 @@ class QuantizationBlock:
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
         problems.append(self.wrong(key, "a whole number"))
-
         return default
 
     def boolean(self, key: str, problems: list[Problem], default: bool) -> bool:
@@ -80,7 +86,6 @@ class QuantizationBlock:
         if isinstance(value, bool):
             return value
         problems.append(self.wrong(key, "true or false"))
-
         return default
 
     def names(self, key: str, problems: list[Problem]) -> tuple[str, ...]:
@@ -97,6 +102,16 @@ class QuantizationBlock:
         """The problem of a value that is not what its key demands."""
         message = f"is {format_value(self.get(key))}, expected {expected}"
         return Problem(f"{self.where}.{key}", message)
+
+
+def as_table(value: Any) -> Mapping[str, Any]:
+    """A value of a JSON file if it is an object, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value of a JSON file is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def sections(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -144,12 +159,17 @@ def find_quantization_block(checkpoint: Checkpoint) -> QuantizationBlock | None:
     return next(iter(blocks(checkpoint)), None)
 
 
-def claim_by_method(checkpoint: Checkpoint, method: str) -> str | None:
-    """The evidence of a format that ``quant_method`` alone decides; None for other folders."""
+def claim_by_method(
+    checkpoint: Checkpoint, method: str, otherwise: Iterable[str] = ()
+) -> str | None:
+    """The evidence of a format that ``quant_method`` names; None for other folders.
+
+    Without a quantization block it is the first of ``otherwise``.
+    """
     block = find_quantization_block(checkpoint)
-    if block is None or block.method != method:
-        return None
-    return f"{block.where}: quant_method {method}"
+    if block is None:
+        return next(iter(otherwise), None)
+    return f"{block.where}: quant_method {method}" if block.method == method else None
 
 
 def contradicting(checkpoint: Checkpoint) -> list[QuantizationBlock]:
@@ -160,15 +180,9 @@ def contradicting(checkpoint: Checkpoint) -> list[QuantizationBlock]:
 
 def contradicted_keys(one: QuantizationBlock, other: QuantizationBlock) -> list[str]:
     """The deciding keys to which two blocks give different values."""
-    mine, theirs = _inner(one), _inner(other)
+    mine, theirs = one.inner, other.inner
     pairs = ((key, mine.get(key), theirs.get(key)) for key in _DECIDING)
     return [key for key, a, b in pairs if None not in (a, b) and _plain(a) != _plain(b)]
-
-
-def _inner(block: QuantizationBlock) -> QuantizationBlock:
-    """The inner block of ModelOpt's own file, else the block itself."""
-    inner = block.block.get("quantization")
-    return QuantizationBlock(block.where, inner) if isinstance(inner, Mapping) else block
 
 
 def _plain(value: Any) -> Any:
@@ -189,18 +203,14 @@ def with_block(
     return replace(checkpoint, config=config, quantization_files={})
 
 
-def without_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a config without its quantization blocks, wherever they are."""
-    return _without_blocks(config, 0)
-
-
-def _without_blocks(section: Mapping[str, Any], depth: int) -> dict[str, Any]:
+def without_blocks(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+    """A copy of a config, or a section ``depth`` levels down, without its quantization blocks."""
     left = {}
-    for key, value in section.items():
+    for key, value in config.items():
         if key in _KEYS or (key == "quantization" and (not depth or is_mlx_block(value))):
             continue
         inner = isinstance(value, Mapping) and depth < _DEEPEST
-        left[key] = _without_blocks(value, depth + 1) if inner else value
+        left[key] = without_blocks(value, depth + 1) if inner else value
     return left
 
 
@@ -220,12 +230,10 @@ def float_form(checkpoint: Checkpoint) -> str:
     block = find_quantization_block(checkpoint)
     if block is None:
         return ""
-    export = block.get("export")
-    weight_format = export.get("weight_format") if isinstance(export, Mapping) else None
     declared = (
         ("quantization_status", block.get("quantization_status"), _BEFORE_COMPRESSION),
         ("format", block.block.get("format"), ("dense",)),
-        ("export.weight_format", weight_format, ("fake_quantized",)),
+        ("export.weight_format", block.table("export").get("weight_format"), ("fake_quantized",)),
     )
     for key, value, words in declared:
         if isinstance(value, str) and value.lower() in words:

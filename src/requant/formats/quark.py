@@ -7,25 +7,30 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
-from requant.core.dtypes import FLOATS
+from requant.core.dtypes import FLOATS, KERNEL_FLOATS
 from requant.core.regex import Wildcards
 from requant.formats.base import SourceLayer, SourceLayout, Tensors, packed_layer
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_stack
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, block_pair, float8_stack, mx_layer
 from requant.formats.integer_layers import integer_layer
-from requant.formats.mx_layers import mx_layer
 from requant.formats.nvfp4_layers import nvfp4_layer, nvfp4_without_tensor_scale
-from requant.formats.quantization_block import claim_by_method, find_quantization_block
+from requant.formats.quantization_block import (
+    as_table,
+    claim_by_method,
+    find_quantization_block,
+    is_count,
+)
 from requant.formats.stacks import Experts, are_transposed
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.quark import QuarkColumns, QuarkMx, QuarkRows
 from requant.text import format_value, join_first, join_or
 
 _ROLES: Final = ("weight", "weight_scale", "weight_zero_point", "weight_scale_2")
-_FLOATS: Final = ("F32", "BF16", "F16")
 _INTEGERS: Final = ("int4", "uint4", "int8", "uint8")
 _SCHEMES: Final = ("per_tensor", "per_channel", "per_group")
 _ROTATIONS: Final = ("rotation", "quarot", "spinquant")
 _E4M3: Final = ("F8_E4M3", "U8")  # arrays in memory may hold them as bytes
+_WORDS: Final = {4: ("I32", "U32"), 8: ("I8", "U8")}  # bits -> dtypes of stored codes
+_CODES_A_WORD: Final = {4: 8, 8: 1}
 _PACKS: Final = ("reorder", "order")
 
 
@@ -40,7 +45,6 @@ class Quark:
         return claim_by_method(checkpoint, "quark")
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Describe each layer that has a scale, or codes by its scheme; all else is dense."""
         return _Reader(checkpoint).read()
 
 
@@ -56,77 +60,28 @@ class _Scheme:
         value = self.levels[level].get(key) if level < len(self.levels) else None
         return value.lower().rpartition(".")[2] if isinstance(value, str) else ""
 
-    @property
-    def symmetric(self) -> bool:
-        """Whether every zero is said to be the middle."""
-        return bool(self.levels) and self.levels[0].get("symmetric") is True
-
-
-@dataclass(frozen=True, slots=True)
-class _Integers:
-    """The tensors of a layer of integers, and how its codes are stored."""
-
-    weight: SourceTensor
-    scale: SourceTensor
-    zeros: SourceTensor | None
-    bits: int
-    signed: bool
-    reordered: bool
-    declared_symmetric: bool
-
-    @property
-    def words(self) -> tuple[str, str]:
-        """The dtypes in which codes may be stored."""
-        return ("I32", "U32") if self.bits == 4 else ("I8", "U8")
-
-    @property
-    def a_word(self) -> int:
-        """Codes in one of them."""
-        return 8 if self.bits == 4 else 1
-
-    @property
-    def parts(self) -> dict[str, SourceTensor]:
-        """By the roles that the packings name."""
-        parts = {"weight": self.weight, "weight_scale": self.scale}
-        return parts if self.zeros is None else {**parts, "weight_zero_point": self.zeros}
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The arguments that the packings of both orientations have in common."""
-        return {
-            "bits": self.bits,
-            "symmetric": self.zeros is None or self.declared_symmetric,
-            "scale_dtype": self.scale.info.dtype,
-            "signed": self.signed,
-            "reordered": self.reordered,
-            "has_zeros": self.zeros is not None,
-        }
-
 
 class _Reader:
-    """Reads one checkpoint and collects what is wrong with it."""
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.sorter = checkpoint, TensorSorter.by_role(checkpoint)
         block = find_quantization_block(checkpoint)
         assert block is not None
         self.found = block
-        export = block.get("export")
-        self.export = export if isinstance(export, Mapping) else {}
+        self.export, self.by_path = block.table("export"), block.table("layer_quant_config")
+        self.by_layer = Wildcards(self.by_path)
         self.fake = str(self.export.get("weight_format", "")).lower() == "fake_quantized"
         self._check_config()
 
     def read(self) -> SourceLayout:
         sorter = self.sorter
-        for path, tensors in self._tensors().items():
-            sorter.make(path, tensors, self._layer)
+        for path, tensors in sorter.layers_with(_ROLES).items():
+            if "weight" in tensors and tensors["weight"].info.dtype not in FLOATS:
+                sorter.make(path, tensors, self._layer)
         sorter.drop_runtime_scales()
         self._check_named()
         if not sorter.quantized and not self.fake:
             sorter.no_layer(self.found.where, "says quark, but no layer has a weight_scale")
         return sorter.layout()
-
-    # -- the config ------------------------------------------------------------------------
 
     def _check_config(self) -> None:
         block, sorter = self.found, self.sorter
@@ -143,33 +98,25 @@ class _Reader:
                 "gives schemes by class of layer, which names of tensors do not say; "
                 "layer_quant_config by name is read",
             )
-        table = block.get("layer_quant_config")
-        self.by_layer = Wildcards(table if isinstance(table, Mapping) else ())
 
     def _check_named(self) -> None:
         """Say of a layer that the config names by its path, with a scheme, that it is dense."""
-        table = self.found.get("layer_quant_config")
-        rows = table.items() if isinstance(table, Mapping) and not self.fake else ()
-        named = [
-            path
-            for path, declared in rows
-            if isinstance(declared, Mapping) and declared.get("weight")
-        ]
+        rows = () if self.fake else self.by_path.items()
+        named = [path for path, declared in rows if as_table(declared).get("weight")]
         self.sorter.note_dense(f"{self.found.where}.layer_quant_config", named)
 
     def _scheme(self, path: str) -> _Scheme:
         """The weight's scheme: that of the patterns that fit the layer, else the global one."""
-        table, where = self.found.get("layer_quant_config"), "global_quant_config"
-        declared = self.found.get("global_quant_config")
+        declared, where = self.found.get("global_quant_config"), "global_quant_config"
         fits = list(self.by_layer.matching(path))
-        if fits and isinstance(table, Mapping):
-            declared, where = table[fits[0]], f"layer_quant_config[{fits[0]!r}]"
-            if any(table[pattern] != declared for pattern in fits):
+        if fits:
+            declared, where = self.by_path[fits[0]], f"layer_quant_config[{fits[0]!r}]"
+            if any(self.by_path[pattern] != declared for pattern in fits):
                 both = f"{self.found.where}.layer_quant_config"
                 raise LayerError(
                     path, f"fits patterns of {both} that contradict each other: {join_first(fits)}"
                 )
-        weight = declared.get("weight") if isinstance(declared, Mapping) else None
+        weight = as_table(declared).get("weight")
         levels = weight if isinstance(weight, list) else [weight]
         where = f"{self.found.where}.{where}.weight"
         schemes = tuple(level for level in levels if isinstance(level, Mapping))
@@ -179,39 +126,15 @@ class _Reader:
             )
         return _Scheme(where, schemes)
 
-    # -- the tensors -----------------------------------------------------------------------
-
-    def _tensors(self) -> dict[str, dict[str, SourceTensor]]:
-        """Layer path -> role -> tensor, for each layer with a scale, or with blocks of old mx."""
-        found: dict[str, dict[str, SourceTensor]] = {}
-        for name, tensor in self.sorter.parts.items():
-            path, _, role = name.rpartition(".")
-            if role in _ROLES:
-                found.setdefault(path, {})[role] = tensor
-        return {
-            path: tensors
-            for path, tensors in found.items()
-            if "weight" in tensors and tensors["weight"].info.dtype not in FLOATS
-        }
-
-    def _layer(self, path: str, tensors: Tensors) -> SourceLayer | None:
-        """One layer by its scheme.
-
-        Raises:
-            LayerError: The scheme is not read, or the tensors contradict it.
-        """
-        weight = tensors.get("weight")
-        if weight is None:
-            names = ", ".join(tensor.name for tensor in tensors.values())
-            raise LayerError(path, f"has {names}, but no {path}.weight")
+    def _layer(self, path: str, tensors: Tensors) -> SourceLayer:
+        weight = tensors["weight"]
         if len(weight.info.shape) not in (2, 3) or 0 in weight.info.shape:
             raise unexpected(weight, "a matrix or a stack of them")
         scheme = self._scheme(path)
         dtype = scheme.word("dtype")
         experts = _one_by_one(tensors, dtype)
         if experts is not None:
-            layer = self._layer(path, experts.one())
-            return None if layer is None else experts.stack(layer)
+            return experts.stack(self._layer(path, experts.one()))
         if dtype == "mx":
             return self._old_mx(path, tensors, scheme)
         if "weight_scale" not in tensors:
@@ -230,13 +153,6 @@ class _Reader:
 
     def _integer(self, path: str, tensors: Tensors, scheme: _Scheme, dtype: str) -> SourceLayer:
         """Codes of 4 or 8 bits: ``[in, out]`` with scales for groups, ``[out, in]`` for others."""
-        stored = self._integers(path, tensors, scheme, dtype)
-        if scheme.word("qscheme") == "per_group":
-            return self._by_column(path, stored, scheme)
-        return self._by_row(path, stored, scheme)
-
-    def _integers(self, path: str, tensors: Tensors, scheme: _Scheme, dtype: str) -> _Integers:
-        """The tensors of a layer of integers, if they are what its scheme says."""
         weight, scale = tensors["weight"], tensors["weight_scale"]
         zeros = tensors.get("weight_zero_point")
         bits, qscheme = int(dtype[-1]), scheme.word("qscheme")
@@ -251,56 +167,32 @@ class _Reader:
                 f"is {format_value(pack)}, expected {join_or(_PACKS)}: the order of 4-bit codes"
             )
             raise LayerError(f"{self.found.where}.export.pack_method", message)
-        stored = _Integers(
-            weight,
-            scale,
-            zeros,
-            bits,
-            signed=dtype.startswith("int"),
-            reordered=pack == "reorder",
-            declared_symmetric=scheme.symmetric,
-        )
-        if weight.info.dtype not in stored.words:
-            raise unexpected(weight, f"{stored.words[0]} for {dtype}")
-        if scale.info.dtype not in _FLOATS:
+        signed, words = dtype.startswith("int"), _WORDS[bits]
+        if weight.info.dtype not in words:
+            raise unexpected(weight, f"{words[0]} for {dtype}")
+        if scale.info.dtype not in KERNEL_FLOATS:
             raise unexpected(scale, "floats")
-        if zeros is None and not stored.signed:
+        if zeros is None and not signed:
             raise LayerError(path, f"holds {dtype} codes, but has no {path}.weight_zero_point")
-        return stored
+        fields = {
+            "bits": bits,
+            "symmetric": zeros is None or scheme.levels[0].get("symmetric") is True,
+            "scale_dtype": scale.info.dtype,
+            "signed": signed,
+            "reordered": pack == "reorder",
+            "has_zeros": zeros is not None,
+        }
+        packing: QuarkColumns | QuarkRows
+        if qscheme == "per_group":
+            packing = _by_column(tensors, scheme, fields)
+        else:
+            packing = _by_row(tensors, qscheme, fields)
+        one = isinstance(packing, QuarkRows) and packing.one_scale
+        shape, scales = (packing.rows, packing.columns), f"a scale a {'tensor' if one else 'row'}"
+        parts = {role: tensors[role] for role in packing.required_rects(0, packing.rows)}
+        return integer_layer(self.sorter, path, parts, shape, packing, tool="quark", scales=scales)
 
-    def _by_column(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
-        weight, scale = stored.weight, stored.scale
-        columns, width = weight.info.shape
-        rows, groups = width * stored.a_word, scale.info.shape[0] if scale.info.shape else 0
-        if not groups or scale.info.shape != (groups, rows) or columns % groups:
-            raise unexpected(scale, f"[groups, {rows}] for {weight.info}, stored [in, out]")
-        _expect(stored.zeros, (groups, width), stored.words)
-        group, declared = columns // groups, scheme.levels[0].get("group_size")
-        if _is_count(declared) and declared != group:
-            message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {declared}"
-            raise LayerError(scale.name, message)
-        packing = QuarkColumns(rows, columns, group=group, **stored.fields)
-        shape = (rows, columns)
-        return integer_layer(self.sorter, path, stored.parts, shape, packing, tool="quark")
-
-    def _by_row(self, path: str, stored: _Integers, scheme: _Scheme) -> SourceLayer:
-        scale, zeros, qscheme = stored.scale, stored.zeros, scheme.word("qscheme")
-        rows, width = stored.weight.info.shape
-        columns = width * stored.a_word
-        one = scale.info.size == 1 and qscheme == "per_tensor"
-        if not one and scale.info.shape != (rows,):
-            raise unexpected(scale, f"[{rows}] for {qscheme}")
-        if stored.bits == 4 and zeros is not None:
-            message = "next to 4-bit codes with a scale a row: how it is packed is not known"
-            raise LayerError(zeros.name, f"{zeros.info} {message}")
-        _expect(zeros, scale.info.shape, ("I8", "U8", "I32"))
-        packing = QuarkRows(rows, columns, group=columns, one_scale=one, **stored.fields)
-        words = "a scale a tensor" if one else "a scale a row"
-        return integer_layer(
-            self.sorter, path, stored.parts, (rows, columns), packing, tool="quark", scales=words
-        )
-
-    def _fp4(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer | None:
+    def _fp4(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer:
         weight, scale = tensors["weight"], tensors["weight_scale"]
         *rows, nbytes = weight.info.shape
         if weight.info.dtype != "U8":
@@ -335,9 +227,7 @@ class _Reader:
         if weight.info.dtype not in FLOAT8:
             raise unexpected(weight, "F8_E4M3 codes")
         block = scheme.levels[0].get("block_size")
-        pair = block if isinstance(block, list) and len(block) == 2 else None
-        named = (int(pair[0]), int(pair[1])) if pair and all(map(_is_count, pair)) else None
-        return float8_stack(self.sorter, path, weight, scale, block=named)
+        return float8_stack(self.sorter, path, weight, scale, block=block_pair(block))
 
     def _old_mx(self, path: str, tensors: Tensors, scheme: _Scheme) -> SourceLayer:
         weight = tensors["weight"]
@@ -354,6 +244,37 @@ class _Reader:
         return packed_layer(path, parts, (rows, 32 * groups), packing, dtype=dtype, stored=stored)
 
 
+def _by_column(tensors: Tensors, scheme: _Scheme, fields: Mapping[str, Any]) -> QuarkColumns:
+    """Codes ``[in, out]``, packed along the outputs."""
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    columns, width = weight.info.shape
+    rows = width * _CODES_A_WORD[fields["bits"]]
+    groups = scale.info.shape[0] if scale.info.shape else 0
+    if not groups or scale.info.shape != (groups, rows) or columns % groups:
+        raise unexpected(scale, f"[groups, {rows}] for {weight.info}, stored [in, out]")
+    _expect(tensors.get("weight_zero_point"), (groups, width), _WORDS[fields["bits"]])
+    group, declared = columns // groups, scheme.levels[0].get("group_size")
+    if is_count(declared) and declared != group:
+        message = f"{scale.info} gives {group} inputs a scale, {scheme.where} says {declared}"
+        raise LayerError(scale.name, message)
+    return QuarkColumns(rows, columns, group=group, **fields)
+
+
+def _by_row(tensors: Tensors, qscheme: str, fields: Mapping[str, Any]) -> QuarkRows:
+    """Codes ``[out, in]``, packed along the inputs."""
+    scale, zeros = tensors["weight_scale"], tensors.get("weight_zero_point")
+    rows, width = tensors["weight"].info.shape
+    columns = width * _CODES_A_WORD[fields["bits"]]
+    one = scale.info.size == 1 and qscheme == "per_tensor"
+    if not one and scale.info.shape != (rows,):
+        raise unexpected(scale, f"[{rows}] for {qscheme}")
+    if fields["bits"] == 4 and zeros is not None:
+        message = "next to 4-bit codes with a scale a row: how it is packed is not known"
+        raise LayerError(zeros.name, f"{zeros.info} {message}")
+    _expect(zeros, scale.info.shape, ("I8", "U8", "I32"))
+    return QuarkRows(rows, columns, group=columns, one_scale=one, **fields)
+
+
 def _one_by_one(tensors: Tensors, dtype: str) -> Experts | None:
     """The experts of a stack that is read expert by expert: of integers, or stored transposed."""
     weight, scale = tensors["weight"], tensors.get("weight_scale")
@@ -364,10 +285,6 @@ def _one_by_one(tensors: Tensors, dtype: str) -> Experts | None:
         return Experts.of(weight.info.shape[0], tensors)
     roles = ("weight", "weight_scale") if transposed else ()
     return Experts.of(weight.info.shape[0], tensors, roles) if transposed else None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _expect(part: SourceTensor | None, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:

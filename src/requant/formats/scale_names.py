@@ -62,21 +62,13 @@ CODE_ENDINGS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ScaleName:
-    """The parts of the name of a tensor next to codes.
+    """The parts of the name of a tensor next to codes."""
 
-    Attributes:
-        name: The whole.
-        path: Of the layer.
-        role: Its purpose.
-        word: The last word, without joints: "scale_inv".
-        of_weight: Whether "weight" comes before the word.
-    """
-
-    name: str
-    path: str
-    role: Role
-    word: str
-    of_weight: bool
+    name: str  # the whole
+    path: str  # of the layer
+    role: Role  # its purpose
+    word: str  # the last word, without joints: "scale_inv"
+    of_weight: bool  # whether "weight" comes before the word
 
     @property
     def is_certain(self) -> bool:

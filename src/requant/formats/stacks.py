@@ -16,22 +16,16 @@ from requant.core.dtypes import TensorInfo
 from requant.formats.base import SourceLayer, Tensors
 from requant.formats.tensor_sorter import LayerError
 from requant.packings.experts import Place, StackedExperts
-from requant.text import pluralize as pluralize
+from requant.text import pluralize
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The tensors of a stack, and where an expert's parts are in them.
-
-    Attributes:
-        count: Experts.
-        parts: Tensors by the names that a reader gives them.
-        places: Name of a tensor -> where an expert's part is.
-    """
+    """The tensors of a stack, and where an expert's parts are in them."""
 
     count: int
-    parts: Tensors
-    places: Mapping[str, Place]
+    parts: Tensors  # tensors by the names that a reader gives them
+    places: Mapping[str, Place]  # name of a tensor -> where an expert's part is
 
     @staticmethod
     def of(count: int, parts: Tensors, transposed: Sequence[str] = ()) -> Experts:
@@ -103,12 +97,6 @@ def rows_with_one_scale(shape: Sequence[int], scale: Sequence[int]) -> tuple[int
         return 1, 1
     if len(grid) == len(shape) and grid[:-1] == (*leading, n_out) and grid[-1] > 0:
         return 1, grid[-1]
-    return _rows_of_stack(leading, n_out, grid)
-
-
-def _rows_of_stack(
-    leading: Sequence[int], n_out: int, grid: tuple[int, ...]
-) -> tuple[int, int] | None:
     if not leading or grid[: len(leading)] != tuple(leading):
         return None
     each = prod(grid[len(leading) :])

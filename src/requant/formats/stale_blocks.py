@@ -29,18 +29,11 @@ _DENSE: Final = frozenset({*FLOATS, "I64", "BOOL"})
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A checkpoint as its format read it.
+    """A checkpoint as its format read it."""
 
-    Attributes:
-        checkpoint: The same, without a block that is stale.
-        format: The name of the format; "dense" under a stale block.
-        evidence: What the format is detected from, as ``Format.claims`` says it.
-        layout: Its layers.
-    """
-
-    checkpoint: Checkpoint
-    format: str
-    evidence: str
+    checkpoint: Checkpoint  # the same, without a block that is stale
+    format: str  # the name of the format; "dense" under a stale block
+    evidence: str  # what the format is detected from, as ``Format.claims`` says it
     layout: SourceLayout
 
 

@@ -38,11 +38,8 @@ _NAMED = 3  # of many tensors, how many a note names
 class LayerError(Exception):
     """A layer that cannot be read; raised and caught while a format reads.
 
-    Args:
-        where: A tensor or layer.
-        message: What was found and what was expected.
-        unknown: Whether no other reader may take the layer: the config names a kind of codes
-            that none knows, or the layer is known to lack a part.
+    Where it is ``unknown``, no other reader may take the layer: the config names a kind of codes
+    that none knows, or the layer is known to lack a part.
     """
 
     def __init__(self, where: str, message: str, *, unknown: bool = False) -> None:
@@ -60,9 +57,7 @@ def runtime_scales(
 ) -> tuple[dict[str, str], list[Note]]:
     """Of tensors that no layer took, those that scale activations and caches, and notes of them.
 
-    Args:
-        names: Tensors.
-        stacks: Paths of stacks of experts, to which such a name may be joined by "_".
+    ``stacks`` are paths of stacks of experts, to which such a name may be joined by "_".
     """
     dropped = {name: why for name in names if (why := _runtime(name, stacks))}
     notes = []
@@ -101,6 +96,15 @@ class TensorSorter:
     def parts(self) -> Tensors:
         """Every tensor under the name that a part of a layer has."""
         return self.names.tensors
+
+    def layers_with(self, roles: Collection[str]) -> dict[str, dict[str, SourceTensor]]:
+        """Layer path -> role -> tensor, for the parts that have one of ``roles``."""
+        found: dict[str, dict[str, SourceTensor]] = {}
+        for name, tensor in self.parts.items():
+            path, _, role = name.rpartition(".")
+            if role in roles:
+                found.setdefault(path, {})[role] = tensor
+        return found
 
     @cached_property
     def orientation(self) -> Orientation:
@@ -144,7 +148,7 @@ class TensorSorter:
     ) -> SourceLayer | None:
         """Make a layer of its tensors and keep it.
 
-        None, with the problem recorded, where it is rejected.
+        None, with the problem recorded, where ``make`` reports one or raises a LayerError.
         """
         before, layer = len(self.problems), None
         try:

@@ -12,21 +12,25 @@ from dataclasses import replace
 from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import KERNEL_FLOATS
 from requant.core.strict_json import parse_json_object
 from requant.formats.base import SourceLayer, SourceLayout, Tensors
-from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, tile_of
+from requant.formats.float8_layers import EXPONENTS, FLOAT8, float8_layer, mx_layer, tile_of
 from requant.formats.input_scaled import input_scaled
-from requant.formats.integer_layers import integer_layer
-from requant.formats.mx_layers import mx_layer
+from requant.formats.integer_layers import integer_layer, row_fields
 from requant.formats.nvfp4_layers import nvfp4_layer
-from requant.formats.quantization_block import QuantizationBlock, find_quantization_block
+from requant.formats.quantization_block import (
+    QuantizationBlock,
+    as_table,
+    claim_by_method,
+    find_quantization_block,
+)
 from requant.formats.tensor_sorter import LayerError, TensorSorter, unexpected
 from requant.packings.compressed_tensors import Zeros
 from requant.packings.torchao import Swizzled, TorchaoInt4, TorchaoInteger
 from requant.text import format_value
 
 _PREFIX: Final = "_weight_"
-_FLOATS: Final = ("F32", "BF16", "F16")
 _DEVICE: Final = ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor")
 _ACTIVATIONS: Final = "a scale of activations, which MLX does not quantize"
 
@@ -39,19 +43,14 @@ class Torchao:
 
     def claims(self, checkpoint: Checkpoint) -> str | None:
         """The config names it; without one, the metadata of the files does."""
-        block = find_quantization_block(checkpoint)
-        if block is not None:
-            return f"{block.where}: quant_method torchao" if block.method == "torchao" else None
-        return "metadata: tensor_names" if "tensor_names" in checkpoint.metadata else None
+        names = (f"metadata: {key}" for key in checkpoint.metadata if key == "tensor_names")
+        return claim_by_method(checkpoint, "torchao", names)
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
-        """Put each weight's parts together again; everything else is dense."""
         return _Reader(checkpoint).read()
 
 
 class _Reader:
-    """Reads one checkpoint and collects what is wrong with it."""
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.sorter = checkpoint, TensorSorter(checkpoint)
         self.found = find_quantization_block(checkpoint) or QuantizationBlock("metadata", {})
@@ -74,16 +73,11 @@ class _Reader:
             sorter.no_layer(self.found.where, "says torchao, but no tensor is a _weight_qdata")
         return sorter.layout()
 
-    # -- what is said about a layer --------------------------------------------------------
-
     def _default(self) -> Mapping[str, Any]:
         """``_data`` of the config's default scheme, its ``_type`` under "type"."""
-        table = self.found.get("quant_type")
-        declared = table.get("default") if isinstance(table, Mapping) else None
-        data = declared.get("_data") if isinstance(declared, Mapping) else None
-        if not isinstance(declared, Mapping) or not isinstance(data, Mapping):
-            return {}
-        return {**data, "type": str(declared.get("_type"))}
+        declared = as_table(self.found.table("quant_type").get("default"))
+        data = declared.get("_data")
+        return {**data, "type": str(declared.get("_type"))} if isinstance(data, Mapping) else {}
 
     def _check_described(self, paths: Set[str]) -> None:
         """A quantized weight that the metadata describes must be there."""
@@ -109,12 +103,10 @@ class _Reader:
             raise LayerError(where, f"does not describe a tensor: {why}")
         names = declared.get("_tensor_data_names")
         if isinstance(names, list):
-            missing = [name for name in names if str(name) not in tensors]
-            if missing:
-                absent = f"{path}.{_PREFIX}{missing[0]}"
-                raise LayerError(
-                    where, f"names {format_value(missing[0])}, but {absent} is missing"
-                )
+            for name in names:
+                if str(name) not in tensors:
+                    absent = f"{path}.{_PREFIX}{name}"
+                    raise LayerError(where, f"names {format_value(name)}, but {absent} is missing")
         return declared["_type"], data
 
     def _guessed(self, path: str, tensors: Tensors) -> tuple[str, Mapping[str, Any]]:
@@ -129,12 +121,7 @@ class _Reader:
         message = f"has no metadata that gives its type, and the config's {what} does not either"
         raise LayerError(path, message)
 
-    def _layer(self, path: str, tensors: Tensors) -> SourceLayer | None:
-        """One layer by its type.
-
-        Raises:
-            LayerError: The type is not read, or the tensors contradict it.
-        """
+    def _layer(self, path: str, tensors: Tensors) -> SourceLayer:
         kind, data = self._described(path, tensors)
         if kind in _DEVICE:
             raise LayerError(path, f"is an {kind}: codes in the order of a GPU kernel, not read")
@@ -155,15 +142,13 @@ class _Reader:
             raise unexpected(qdata, "a matrix")
         layer = make[kind](path, tensors, data)
         inputs = tensors.get("act_pre_scale")
-        if layer is None or inputs is None:
+        if inputs is None:
             return layer
-        if inputs.info.dtype not in _FLOATS or inputs.info.size != layer.shape[-1]:
+        if inputs.info.dtype not in KERNEL_FLOATS or inputs.info.size != layer.shape[-1]:
             raise unexpected(inputs, f"one float for each of {layer.shape[-1]} inputs")
         if inputs.info.shape[-1:] != layer.shape[-1:]:
             raise unexpected(inputs, f"[{layer.shape[-1]}]")
         return input_scaled(layer, inputs)
-
-    # -- one type each ---------------------------------------------------------------------
 
     def _integer(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale, zeros = tensors["qdata"], tensors["scale"], tensors.get("zero_point")
@@ -173,34 +158,24 @@ class _Reader:
         one = scale.info.size == 1
         wide = scale.info.shape[-1] if scale.info.shape else 1
         whole = one or (scale.info.shape == (rows, wide) and columns % wide == 0)
-        if scale.info.dtype not in _FLOATS or not whole:
+        if scale.info.dtype not in KERNEL_FLOATS or not whole:
             raise unexpected(scale, f"floats [{rows}, groups] for {qdata.info}")
         if zeros is not None and (zeros.info.shape != scale.info.shape or zeros.info.dtype != "I8"):
             raise unexpected(zeros, f"I8 {list(scale.info.shape)}, one next to each scale")
-        packing = TorchaoInteger(
-            rows=rows,
-            columns=columns,
-            bits=bits,
-            group=columns if one else columns // wide,
-            symmetric=zeros is None or self._symmetric(zeros),
-            scale_dtype=scale.info.dtype,
-            matrix=rows,
-            scale_rows=rows if one else 1,
-            scale_width=wide,
-            zero_points=Zeros.MIDDLE if zeros is None else Zeros.SIGNED,
-        )
+        group, scale_rows = (columns, rows) if one else (columns // wide, 1)
+        fields = row_fields(qdata.info.shape, scale.info, scale_rows, bits=bits, group=group)
         parts = {"weight": qdata, "weight_scale": scale}
         if zeros is not None:
             parts["weight_zero_point"] = zeros
+            fields |= {"zero_points": Zeros.SIGNED, "symmetric": self._symmetric(zeros)}
+        packing = TorchaoInteger(**fields)
         words = "a scale a tensor" if one else "a scale a row"
         shape = qdata.info.shape
         return integer_layer(self.sorter, path, parts, shape, packing, tool="torchao", scales=words)
 
     def _symmetric(self, zeros: SourceTensor) -> bool:
         """Whether every zero is 0: as the config says (held against the data later), or read."""
-        mapping = self.default.get("mapping_type")
-        word = mapping.get("_data") if isinstance(mapping, Mapping) else mapping
-        if str(word).upper() == "SYMMETRIC":
+        if str(_enum_word(self.default.get("mapping_type"))).upper() == "SYMMETRIC":
             return True
         return not self.checkpoint.read_small_tensor(zeros.name).any()
 
@@ -216,7 +191,7 @@ class _Reader:
         if zeros.info.shape != scale.info.shape:
             raise unexpected(zeros, str(list(scale.info.shape)))
         for part in (scale, zeros):
-            if part.info.dtype not in _FLOATS:
+            if part.info.dtype not in KERNEL_FLOATS:
                 raise unexpected(part, "floats")
         columns = 2 * nbytes
         group, dtype = columns // groups, scale.info.dtype
@@ -224,12 +199,12 @@ class _Reader:
         parts = {"qdata": qdata, "scale": scale, "zero_point": zeros}
         return integer_layer(self.sorter, path, parts, (rows, columns), packing, tool="torchao")
 
-    def _float8(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
+    def _float8(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale = tensors["qdata"], tensors["scale"]
         if qdata.info.dtype not in FLOAT8:
             raise unexpected(qdata, "F8_E4M3 codes")
         tile = tile_of(qdata.info.shape, scale.info.shape, None)
-        if tile is None or scale.info.dtype not in _FLOATS:
+        if tile is None or scale.info.dtype not in KERNEL_FLOATS:
             raise LayerError(scale.name, f"{scale.info} fits no tiling of {qdata.info}")
         return float8_layer(
             self.checkpoint, path, qdata, scale=scale, tile=tile, dtype=self.sorter.dtype
@@ -248,7 +223,7 @@ class _Reader:
         layer = mx_layer(path, qdata, scale, self.sorter.dtype, bits)
         return _unswizzled(layer, scale, 32, data)
 
-    def _nvfp4(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer | None:
+    def _nvfp4(self, path: str, tensors: Tensors, data: Mapping[str, Any]) -> SourceLayer:
         qdata, scale = tensors["qdata"], tensors["scale"]
         if qdata.info.dtype != "U8":
             raise unexpected(qdata, "U8, two codes a byte")
@@ -259,7 +234,7 @@ class _Reader:
             raise unexpected(scale, "F8_E4M3")
         factor = tensors.get("per_tensor_scale")
         layer = nvfp4_layer(self.sorter, path, qdata, scale, factor, divides=False)
-        return None if layer is None else _unswizzled(layer, scale, 16, data)
+        return _unswizzled(layer, scale, 16, data)
 
 
 def _unswizzled(
@@ -285,10 +260,14 @@ def _unswizzled(
     )
 
 
+def _enum_word(value: Any) -> Any:
+    """A word, or that of an enum as torchao serializes it: ``{"_data": "int4"}``."""
+    return value.get("_data") if isinstance(value, Mapping) else value
+
+
 def _bits(path: str, data: Mapping[str, Any]) -> int:
     """The width that ``target_dtype`` names: "int4"."""
-    target = data.get("target_dtype")
-    word = target.get("_data") if isinstance(target, Mapping) else target
+    word = _enum_word(data.get("target_dtype"))
     if word is None:
         return 8
     if str(word) not in {f"int{bits}" for bits in range(1, 9)}:

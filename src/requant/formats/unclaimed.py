@@ -37,9 +37,7 @@ _UNREADABLE: Final = ("F8_E5M2", "F8_E5M2FNUZ")
 def check_unclaimed(checkpoint: Checkpoint, layout: SourceLayout, format: Format) -> SourceLayout:
     """Check the tensors that no layer took for codes and for scales.
 
-    Returns:
-        The layout with the problems; and without the scales of floats where the config says
-        that these are the values.
+    Scales of floats are dropped where the config says that the floats are the values.
     """
     read = any(layer.is_quantized for layer in layout.layers)
     if read and checkpoint.gguf is None:
@@ -119,8 +117,6 @@ class _Unclaimed:
             f"floats: {self.float_form}, so that their values are used as they are."
         )
         return Note(NoteCode.FINAL_SCALES, text)
-
-    # -- codes, and floats next to a scale ---------------------------------------------------
 
     def _of_codes(self) -> Iterator[Problem]:
         scales = []
@@ -210,8 +206,6 @@ class _Unclaimed:
             return message
         block = '{"quant_method": "compressed-tensors", "quantization_status": "frozen"}'
         return f"{message}, or say so in config.json: quantization_config: {block}"
-
-    # -- scales of nothing -----------------------------------------------------------------
 
     def _of_scales(self) -> Iterator[Problem]:
         """A scale whose codes are missing, or are read without it."""

@@ -74,19 +74,14 @@ def _read(checkpoint: Checkpoint, block: _Block) -> Iterator[SourceLayer]:
 
 
 class _Formats:
-    """The storage of the zeros of each layer in GPTQ's layout.
-
-    Attributes:
-        chosen: Layer path -> the block that reads it.
-        undecided: Layer path -> why none does.
-    """
+    """The storage of the zeros of each layer in GPTQ's layout."""
 
     def __init__(self, checkpoint: Checkpoint, block: QuantizationBlock | None) -> None:
         self.checkpoint, self.found = checkpoint, block
         written = "" if block is None else block.word("checkpoint_format")
         self.written = written if written in _FORMATS else ""
-        self.chosen: dict[str, _Block] = {}
-        self.undecided: dict[str, str] = {}
+        self.chosen: dict[str, _Block] = {}  # layer path -> the block that reads it
+        self.undecided: dict[str, str] = {}  # layer path -> why none does
         as_stored = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "sym": False}
         for layer in _read(checkpoint, as_stored):
             packing = layer.packing

@@ -19,6 +19,7 @@ from requant.kernels import cast as values
 from requant.kernels import quantize as native
 from requant.kernels import repack
 from requant.packings.base import (
+    EXACT,
     Array,
     Exactness,
     Fidelity,
@@ -39,22 +40,15 @@ _E4M3_BYTES = _E4M3.view(np.uint8)
 
 @dataclass(frozen=True)
 class MlxRows(Packing):
-    """Rows of words, scales and biases that are stored as MLX stores them.
-
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        encoding: Of the codes.
-        scale_dtypes: Header names of the stored scales and biases; bytes have none.
-    """
+    """Rows of words, scales and biases that are stored as MLX stores them."""
 
     rows: int
     columns: int
-    encoding: Quantization
+    encoding: Quantization  # of the codes
+    # header names of the stored scales and biases; bytes have none
     scale_dtypes: tuple[str, ...] = ()
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """The same rows of each tensor."""
         words = self.columns * self.encoding.bits // 32
         groups = (0, self.columns // self.encoding.group_size)
         cuts = {"weight": Rect((start, stop), (0, words)), "scales": Rect((start, stop), groups)}
@@ -71,25 +65,18 @@ class MlxRows(Packing):
                 rows[:] = parts[role].view(rows.dtype)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """The values that MLX computes."""
         tensors = native.QuantizedTensors.from_roles(parts)
         native.dequantize_into(tensors, self.encoding, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Exact where no scale and no bias rounds."""
-        if any(is_narrower(dtype, stored) for stored in self.scale_dtypes):
-            return Fidelity(Exactness.ROUNDED)
-        return Fidelity(Exactness.EXACT)
+        rounds = any(is_narrower(dtype, stored) for stored in self.scale_dtypes)
+        return Fidelity(Exactness.ROUNDED) if rounds else EXACT
 
 
 @dataclass(frozen=True)
 class DenseRows(Packing):
-    """Rows of plain values, next to rows of codes in one layer.
-
-    Attributes:
-        rows: Output rows.
-        columns: Inputs.
-    """
+    """Rows of plain values, next to rows of codes in one layer."""
 
     holds_codes: ClassVar[bool] = False
 
@@ -97,36 +84,26 @@ class DenseRows(Packing):
     columns: int
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """The same rows."""
         return {"weight": Rect((start, stop), (0, self.columns))}
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """The values, rounded once."""
         values.cast_into(parts["weight"], out)
 
 
 @dataclass(frozen=True)
 class Widened(WrappedPacking):
-    """The codes of another packing in an encoding that holds them.
+    """The codes of another packing in an encoding that holds them."""
 
-    Attributes:
-        layer: The other packing.
-        encoding: Of the rows that its ``repack`` gives.
-        target: Of the rows that this one gives.
-    """
-
-    layer: Packing
-    encoding: Quantization
-    target: Quantization
+    layer: Packing  # the other packing
+    encoding: Quantization  # of the rows that its ``repack`` gives
+    target: Quantization  # of the rows that this one gives
 
     @property
     def rows(self) -> int:  # type: ignore[override]  # a field of other packings
-        """Output rows, experts included."""
         return self.layer.rows
 
     @property
     def columns(self) -> int:  # type: ignore[override]
-        """Inputs."""
         return self.layer.columns
 
     @property
@@ -137,7 +114,6 @@ class Widened(WrappedPacking):
         return self.layer.scratch_row_bytes + self.columns + narrow + 8 * groups
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
-        """The codes in wider fields, scales and biases repeated."""
         rows, narrow = stop - start, dict(out)
         if self.encoding.bits != self.target.bits:
             width = self.columns * self.encoding.bits // 8
@@ -145,15 +121,17 @@ class Widened(WrappedPacking):
         times = self.encoding.group_size // self.target.group_size
         if times > 1:
             for role in out.keys() - {"weight"}:
-                narrow[role] = _like(out[role], rows, times, f"narrow {role}", scratch)
+                groups, size = out[role].shape[1] // times, out[role].itemsize
+                room = scratch.take(f"narrow {role}", "U8", rows, groups * size)
+                narrow[role] = room.reshape(-1).view(out[role].dtype).reshape(rows, groups)
         self.layer.repack(parts, start, stop, narrow, scratch)
         if narrow["weight"] is not out["weight"]:
             self._widen(narrow["weight"], out["weight"], scratch)
         for role in out.keys() - {"weight"}:
             if narrow[role] is not out[role]:
                 bits = f"u{out[role].itemsize}"  # NumPy copies integers faster than bfloat16
-                groups = out[role].view(bits).reshape(rows, -1, times)
-                groups[:] = narrow[role].view(bits)[:, :, None]
+                repeated = out[role].view(bits).reshape(rows, -1, times)
+                repeated[:] = narrow[role].view(bits)[:, :, None]
 
     def _widen(self, words: Array, out: Array, scratch: Scratch) -> None:
         codes = scratch.take("wide codes", "U8", out.shape[0], self.columns)
@@ -163,25 +141,13 @@ class Widened(WrappedPacking):
         else:
             np.take(_E4M3_BYTES, codes, out=out.view(np.uint8), mode="clip")
 
-    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """As the packing within."""
-        self.layer.decode(parts, start, stop, out, scratch)
-
     def to_dict(self) -> dict[str, Any]:
-        """The packing as JSON data, with the one within."""
         return {
             "kind": type(self).__name__,
             "packing": self.layer.to_dict(),
             "encoding": self.encoding.to_dict(),
             "target": self.target.to_dict(),
         }
-
-
-def _like(out: Array, rows: int, times: int, role: str, scratch: Scratch) -> Array:
-    """Room for the scales of groups that are ``times`` as large."""
-    shape = (rows, out.shape[1] // times)
-    room = scratch.take(role, "U8", rows, shape[1] * out.itemsize)
-    return room.reshape(-1).view(out.dtype).reshape(shape)
 
 
 def widened(packing: Packing, encoding: Quantization, target: Quantization) -> Packing:

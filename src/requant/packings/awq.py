@@ -13,14 +13,14 @@ import numpy as np
 
 from requant.kernels import repack
 from requant.packings.base import (
+    EXACT,
     Array,
-    Exactness,
     Fidelity,
     IntegerPacking,
     Parts,
     Rect,
     Scratch,
-    check_symmetric,
+    affine_into,
     mlx_bits,
     stream_codes,
 )
@@ -42,7 +42,6 @@ class AwqGemm(IntegerPacking):
     strided: ClassVar[bool] = True
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """Columns of words, and of scales."""
         words = (start * self.bits // 32, stop * self.bits // 32)
         cuts = {
             "qweight": Rect((0, self.columns), words),
@@ -56,23 +55,18 @@ class AwqGemm(IntegerPacking):
         repack.awq_gemm_into(source, out, self.bits, mlx_bits(self.bits))
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
-        """Codes of the rows, transposed to ``(rows, columns)``."""
         codes = scratch.take("codes", "U8", stop - start, self.columns)
         repack.awq_gemm_into(parts["qweight"].view(np.uint32), codes, self.bits)
         return codes
 
     def scales(self, parts: Parts, start: int, stop: int) -> Array:
-        """Stored as ``[groups, out]``."""
         return parts["scales"].T
 
     def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
-        """Packed as the codes are."""
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
         zeros = np.empty((stop - start, self.groups), np.uint8)
         repack.awq_gemm_into(parts["qzeros"].view(np.uint32), zeros, self.bits)
-        if self.symmetric:
-            check_symmetric(zeros.T, self.bits)
         return zeros.astype(np.float32)
 
 
@@ -85,7 +79,6 @@ class AwqGemv(IntegerPacking):
     """
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """Whole rows of words; of scales and zeros the groups that are not padding."""
         rows = (start, stop)
         return {
             "qweight": Rect(rows, (0, self.columns // _PER_WORD)),
@@ -94,19 +87,15 @@ class AwqGemv(IntegerPacking):
         }
 
     def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """The stored words."""
         out[:] = parts["qweight"].view(np.uint32)
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
-        """A plain stream of nibbles."""
         return stream_codes(parts["qweight"], 4, self.columns)
 
     def scales(self, parts: Parts, start: int, stop: int) -> Array:
-        """A row of scales an output."""
         return parts["scales"]
 
     def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
-        """A plain stream of nibbles."""
         return stream_codes(parts["qzeros"], 4, self.groups).astype(np.float32)
 
 
@@ -117,58 +106,55 @@ def gemv_width(groups: int, group: int) -> int | None:
     return -(-words // multiple) * multiple if multiple else None
 
 
+class _FourBits(IntegerPacking):
+    """A layout of 4-bit codes that one kernel turns into MLX's words."""
+
+    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
+        words = scratch.take("code words", "U32", stop - start, self.columns // 2)
+        self.words(parts, start, stop, words, scratch)
+        codes = scratch.take("codes", "U8", stop - start, self.columns)
+        repack.unpack_into(words, self.bits, codes)
+        return codes
+
+
 @dataclass(frozen=True)
-class AwqFast(IntegerPacking):
+class AwqFast(_FourBits):
     """Packing "gemv_fast" (llm-awq v2): four rows interleaved, and MLX's biases as they are.
 
     ``qweight`` int16 ``[out / 4, in]``; ``scales`` ``[8 * width, out]`` and, of the same
     shape, ``-(scale * zero)`` under the name ``qzeros`` (AutoAWQ) or ``scaled_zeros``.
-
-    Attributes:
-        bias_role: The name of the biases.
     """
 
-    bias_role: str = "qzeros"
+    bias_role: str = "qzeros"  # the name of the biases
     row_unit: ClassVar[int] = 4
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """Whole interleaved rows; columns of scales and biases."""
         groups = Rect((0, self.groups), (start, stop))
         rows = Rect((start // 4, stop // 4), (0, self.columns))
         return {"qweight": rows, "scales": groups, self.bias_role: groups}
 
     def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """Undo the interleaving."""
         repack.gemv_fast_into(parts["qweight"].view(np.uint16), out)
 
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
-        """As ``words``, one a byte."""
-        return _codes_of(self, parts, start, stop, scratch)
-
     def scales(self, parts: Parts, start: int, stop: int) -> Array:
-        """Stored as ``[groups, out]``."""
         return parts["scales"].T
 
     def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
-        """The stored values."""
         return parts[self.bias_role].T.astype(np.float32)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``code * scale + bias`` in float32, rounded once."""
-        codes = self.codes(parts, start, stop, scratch).astype(np.float32)
-        scales, biases = self.scales(parts, start, stop), parts[self.bias_role].T
-        of = np.arange(self.columns) // self.group
-        out[:] = codes * scales.astype(np.float32)[:, of] + biases.astype(np.float32)[:, of]
+        codes = self.codes(parts, start, stop, scratch)
+        affine_into(codes, parts["scales"].T, parts[self.bias_role].T, self.group, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
         """The biases are stored: only another dtype rounds them."""
-        if dtype == self.scale_dtype or dtype == "F32":
-            return Fidelity(Exactness.EXACT)
-        return super().fidelity(dtype)
+        exact = dtype in (self.scale_dtype, "F32")
+        return EXACT if exact else super().fidelity(dtype)
 
 
 @dataclass(frozen=True)
-class Marlin(IntegerPacking):
+class Marlin(_FourBits):
     """Marlin tiles of AutoAWQ (``qweight``, ``scales``) and AutoGPTQ (``B``, ``s``).
 
     int32 ``[in / 16, 2 * out]``: 16 inputs by 64 outputs are 128 words; zeros are 8.
@@ -181,19 +167,13 @@ class Marlin(IntegerPacking):
     strided: ClassVar[bool] = True
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """Tiles of 64 columns."""
         return {
             self.weight_role: Rect((0, self.columns // 16), (2 * start, 2 * stop)),
             self.scale_role: Rect((0, self.groups), (start, stop)),
         }
 
     def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """Undo the tiles."""
         repack.marlin_into(parts[self.weight_role].view(np.uint32), out)
-
-    def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
-        """As ``words``, one a byte."""
-        return _codes_of(self, parts, start, stop, scratch)
 
     def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """In the order of the outputs again."""
@@ -205,15 +185,3 @@ class Marlin(IntegerPacking):
         found = np.empty_like(stored).reshape(1, -1, 32)
         found[..., order] = stored.reshape(1, -1, 32)
         return found.reshape(1, -1).T
-
-
-def _codes_of(
-    packing: AwqFast | Marlin, parts: Parts, start: int, stop: int, scratch: Scratch
-) -> Array:
-    """Codes by way of MLX's words, which these layouts become in one step."""
-    rows, columns = stop - start, packing.columns
-    words = scratch.take("code words", "U32", rows, columns // 2)
-    packing.words(parts, start, stop, words, scratch)
-    codes = scratch.take("codes", "U8", rows, columns)
-    repack.unpack_into(words, packing.bits, codes)
-    return codes

@@ -46,6 +46,9 @@ class Fidelity:
     bound: str = ""
 
 
+EXACT = Fidelity(Exactness.EXACT)
+
+
 @dataclass(frozen=True, slots=True)
 class Rect:
     """A rectangle of a tensor seen as a matrix of its last axis (a vector is one row)."""
@@ -73,28 +76,21 @@ class Scratch(Protocol):
 
 
 class Packing(ABC):
-    """Rows of one layer; the experts of a stack count as further rows.
+    """Rows of one layer; the experts of a stack count as further rows."""
 
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Logical values in a row.
-        matrix_rows: Output rows of one matrix; a range of rows never crosses two.
-        row_unit: A range of rows starts at a multiple of this within its matrix, and ends
-            at one or at the matrix's end.
-        strided: Whether a range of rows is spread over the whole tensor, so that few large
-            ranges are read faster than many small ones.
-        holds_codes: Whether values are quantized; else they are only in another order or dtype.
-    """
-
-    rows: int
-    columns: int
+    rows: int  # output rows, experts included
+    columns: int  # logical values in a row
+    # a range of rows starts at a multiple of this within its matrix, and ends at one or at the
+    # matrix's end
     row_unit: ClassVar[int] = 1
+    # whether a range of rows is spread over the whole tensor, so that few large ranges are read
+    # faster than many small ones
     strided: ClassVar[bool] = False
-    holds_codes: ClassVar[bool] = True
+    holds_codes: ClassVar[bool] = True  # else values are only in another order or dtype
 
     @property
     def matrix_rows(self) -> int:
-        """Output rows of one matrix."""
+        """Output rows of one matrix; a range of rows never crosses two."""
         return self.rows
 
     @property
@@ -121,7 +117,7 @@ class Packing(ABC):
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Return how exact ``repack`` is when scales and biases are stored as ``dtype``."""
-        return Fidelity(Exactness.EXACT)
+        return EXACT
 
     def to_dict(self) -> dict[str, Any]:
         """The packing as JSON data; equal packings give equal data."""
@@ -130,17 +126,11 @@ class Packing(ABC):
 
 @dataclass(frozen=True)
 class MatrixPacking(Packing):
-    """A packing of matrices of equal height.
-
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        matrix: Output rows of one matrix.
-    """
+    """A packing of matrices of equal height."""
 
     rows: int
     columns: int
-    matrix: int
+    matrix: int  # output rows of one matrix
 
     @property
     def matrix_rows(self) -> int:
@@ -169,6 +159,9 @@ class WrappedPacking(Packing):
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return self.layer.required_rects(start, stop)
+
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
+        self.layer.decode(parts, start, stop, out, scratch)
 
     def fidelity(self, dtype: str) -> Fidelity:
         return self.layer.fidelity(dtype)
@@ -213,28 +206,19 @@ def mlx_bits(bits: int) -> int:
 
 @dataclass(frozen=True)
 class IntegerPacking(Packing):
-    """``w = (code - zero) * scale`` with a scale and a zero for each group of inputs.
-
-    Attributes:
-        rows: Output rows, experts included.
-        columns: Inputs.
-        bits: Bits of a stored code.
-        group: Inputs that share a scale in the source; the last group may be shorter.
-        symmetric: Whether every zero is the power of two in the middle, so that
-            ``zero * scale`` is exact in any dtype.
-        scale_dtype: Header name of the stored scales.
-    """
+    """``w = (code - zero) * scale`` with a scale and a zero for each group of inputs."""
 
     rows: int
     columns: int
-    bits: int
-    group: int
+    bits: int  # bits of a stored code
+    group: int  # inputs that share a scale in the source; the last group may be shorter
+    # whether every zero is the power of two in the middle, so that ``zero * scale`` is exact in any
+    # dtype
     symmetric: bool
-    scale_dtype: str
+    scale_dtype: str  # header name of the stored scales
 
     @property
     def stored_kind(self) -> tuple[object, ...]:
-        """The class with bits and group."""
         return type(self), self.bits, self.group
 
     @property
@@ -269,9 +253,16 @@ class IntegerPacking(Packing):
         """The zeros, float32 ``(rows, groups)``, or one for all."""
         return float(1 << (self.bits - 1))
 
+    def _checked_zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
+        zeros = self.zeros(parts, start, stop)
+        if self.symmetric and isinstance(zeros, Array):
+            _check_symmetric(zeros, self.bits)
+        return zeros
+
     def biases(self, parts: Parts, start: int, stop: int, scales: Array) -> Array:
         """``-zero * scale`` of the scales as they are stored in the output; float32."""
-        product = np.float32(-1) * self.zeros(parts, start, stop) * scales.astype(np.float32)
+        zeros = self._checked_zeros(parts, start, stop)
+        product = np.float32(-1) * zeros * scales.astype(np.float32)
         return np.asarray(product, np.float32)
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
@@ -290,7 +281,7 @@ class IntegerPacking(Packing):
         codes = np.ascontiguousarray(self.codes(parts, start, stop, scratch))
         scales = np.ascontiguousarray(self.scales(parts, start, stop), np.float32)
         zeros = np.empty_like(scales)
-        zeros[:] = self.zeros(parts, start, stop)
+        zeros[:] = self._checked_zeros(parts, start, stop)
         decode.integer_values_into(codes, scales, zeros, self.group, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
@@ -302,7 +293,7 @@ class IntegerPacking(Packing):
         if is_narrower(dtype, self.scale_dtype):
             return rounded("scales", dtype, f"; biases {steps}")
         if self.symmetric or kept + self.bits <= precision:
-            return Fidelity(Exactness.EXACT)
+            return EXACT
         return Fidelity(Exactness.ROUNDED, f"biases rounded to {DTYPE_NAME[dtype]}, {steps}")
 
     def _group_of(self, groups: int) -> Array:
@@ -311,7 +302,18 @@ class IntegerPacking(Packing):
         return np.arange(groups) * size // self.group
 
 
-def check_symmetric(zeros: Array, bits: int) -> None:
+def affine_into(codes: Array, scales: Array, biases: Array, group: int, out: Array) -> None:
+    """Fill ``out`` with ``code * scale + bias`` in float32, rounded once more.
+
+    ``codes`` is ``(rows, columns)``; scales and biases are ``(rows, groups)``.
+    """
+    of = np.arange(codes.shape[1]) // group
+    scales, biases = (part.astype(np.float32)[:, of] for part in (scales, biases))
+    with np.errstate(over="ignore"):  # the caller counts infinities
+        out[:] = codes.astype(np.float32) * scales + biases
+
+
+def _check_symmetric(zeros: Array, bits: int) -> None:
     """Hold zeros against the claim that each is the middle of the codes.
 
     Raises:
@@ -327,12 +329,9 @@ def check_symmetric(zeros: Array, bits: int) -> None:
 
 
 def stream_codes(words: Array, bits: int, count: int) -> Array:
-    """Unpack rows of one little-endian bit stream into ``count`` codes, uint8.
+    """Unpack rows of one little-endian bit stream into ``count`` codes of 1 to 8 bits, uint8.
 
-    Args:
-        words: Integers of any width, ``(rows, n)``; a row is C-contiguous.
-        bits: Bits a code, 1 to 8.
-        count: Codes to give back; the stream may end within a word.
+    ``words`` are integers of any width, ``(rows, n)``; the stream may end within a word.
     """
     rows = words.shape[0]
     stream = np.ascontiguousarray(words).view(np.uint8).reshape(rows, -1)

@@ -44,22 +44,14 @@ class BnbTable(Packing):
     ``weight``: the bytes, under any dtype, ``[n, 1]``; ``quant_map`` float32 ``[16]``;
     ``absmax`` float32, one a block; nested: uint8, with ``nested_quant_map`` ``[256]`` and
     ``nested_absmax``, one for ``nested_block`` blocks.
-
-    Attributes:
-        rows: Output rows.
-        columns: Inputs.
-        block: Values of the flattened weight with one absmax.
-        storage_bytes: Bytes of an element of ``weight`` as stored.
-        nested_block: Blocks with one ``nested_absmax``; 0 where absmax is stored as floats.
-        nested_offset: Added to each nested absmax.
     """
 
     rows: int
     columns: int
-    block: int
-    storage_bytes: int
-    nested_block: int = 0
-    nested_offset: float = 0.0
+    block: int  # values of the flattened weight with one absmax
+    storage_bytes: int  # bytes of an element of ``weight`` as stored
+    nested_block: int = 0  # blocks with one ``nested_absmax``; 0 where absmax is stored as floats
+    nested_offset: float = 0.0  # added to each nested absmax
 
     @property
     def _blocks(self) -> int:

@@ -45,18 +45,12 @@ class _CtInteger(IntegerPacking):
     """The scales and zeros that packed and plain codes have in common.
 
     ``weight_scale`` ``[..., out, groups]``, or a number for each row, matrix or run of rows.
-
-    Attributes:
-        matrix: Output rows of one matrix.
-        scale_rows: Rows that share their scales (and zeros): 1, those of a matrix, or all.
-        scale_width: Last axis of the stored scales.
-        zero_points: Where the zeros are.
     """
 
-    matrix: int
-    scale_rows: int
-    scale_width: int
-    zero_points: Zeros
+    matrix: int  # output rows of one matrix
+    scale_rows: int  # rows that share their scales (and zeros): 1, those of a matrix, or all
+    scale_width: int  # last axis of the stored scales
+    zero_points: Zeros  # where the zeros are
 
     @property
     def matrix_rows(self) -> int:
@@ -90,17 +84,9 @@ class _CtInteger(IntegerPacking):
 
 @dataclass(frozen=True)
 class CtPacked(_CtInteger):
-    """``pack-quantized``: ``weight_packed`` int32 ``[..., out, words]``.
+    """``pack-quantized``: ``weight_packed`` int32 ``[..., out, words]``."""
 
-    Attributes:
-        padded: Whether a word holds whole codes only (before version 0.18).
-    """
-
-    padded: bool
-
-    @property
-    def _row_words(self) -> int:
-        return packed_words(self.columns, self.bits, self.padded)
+    padded: bool  # whether a word holds whole codes only (before version 0.18)
 
     def _zero_rows(self, start: int, stop: int) -> tuple[int, int]:
         """The words along the rows that hold the zeros of these rows of one matrix."""
@@ -112,7 +98,8 @@ class CtPacked(_CtInteger):
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         cuts = {**super().required_rects(start, stop)}
-        cuts["weight_packed"] = Rect((start, stop), (0, self._row_words))
+        words = packed_words(self.columns, self.bits, self.padded)
+        cuts["weight_packed"] = Rect((start, stop), (0, words))
         if self.zero_points is Zeros.PACKED:
             expert, within = divmod(start, self.matrix)
             first, last = self._zero_rows(within, within + stop - start)
@@ -153,12 +140,9 @@ class CtActOrder(CtPacked):
     """The same with inputs that take their scale from any group.
 
     ``weight_g_idx`` int32 ``[in]``, or ``[experts, in]``: the group of each input.
-
-    Attributes:
-        index_of_each: Whether each expert has an order of its own.
     """
 
-    index_of_each: bool = False
+    index_of_each: bool = False  # whether each expert has an order of its own
 
     @property
     def encoding(self) -> Quantization | None:
@@ -171,7 +155,6 @@ class CtActOrder(CtPacked):
         return {**super().required_rects(start, stop), "weight_g_idx": index}
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """``(code - zero) * scale`` in float32, rounded once."""
         of = parts["weight_g_idx"].reshape(-1)
         scales = np.asarray(self.scales(parts, start, stop), np.float32)
         zeros = np.asarray(self.zeros(parts, start, stop), np.float32)

@@ -19,45 +19,32 @@ _UNSIGNED: Final = {1: "U8", 2: "U16", 4: "U32"}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of the part of one expert in the tensor of all.
+    """The place of the part of one expert in the tensor of all."""
 
-    Attributes:
-        height: Rows of the last axis that an expert has; 0 where a tensor has one number an
-            expert in a single row, -1 where all experts share it.
-        transposed: Whether the last two axes are exchanged.
-    """
-
+    # rows of the last axis that an expert has; 0 where a tensor has one number an expert in a
+    # single row, -1 where all experts share it
     height: int
-    transposed: bool = False
+    transposed: bool = False  # whether the last two axes are exchanged
 
 
 @dataclass(frozen=True)
 class StackedExperts(WrappedPacking):
-    """The matrices of a stack, one after another, each by the packing of one.
+    """The matrices of a stack, one after another, each by the packing of one."""
 
-    Attributes:
-        layer: The packing of one expert.
-        experts: How many.
-        places: Role -> where an expert's part is.
-    """
-
-    layer: Packing
+    layer: Packing  # the packing of one expert
     experts: int
-    places: tuple[tuple[str, Place], ...]
+    places: tuple[tuple[str, Place], ...]  # role -> where an expert's part is
 
     @property
     def rows(self) -> int:  # type: ignore[override]
-        """Output rows, experts included."""
         return self.experts * self.layer.rows
 
     @property
     def columns(self) -> int:  # type: ignore[override]
-        """Inputs."""
         return self.layer.columns
 
     @property
     def strided(self) -> bool:  # type: ignore[override]
-        """Whether rows are spread over the tensors of one expert."""
         return self.layer.strided or self.is_transposed
 
     @property
@@ -67,7 +54,6 @@ class StackedExperts(WrappedPacking):
 
     @property
     def encoding(self) -> Quantization | None:
-        """MLX's encoding of one expert."""
         quantization: Quantization | None = getattr(self.layer, "encoding", None)
         return quantization
 

@@ -92,16 +92,13 @@ class Float8(MatrixPacking):
 
     ``weight`` FP8 ``[..., out, in]``; ``scale``: one number a tile, in the order of the
     matrices, tile rows and tile columns, in whatever shape.
-
-    Attributes:
-        tile: Rows and columns that share a scale; a channel is ``(1, columns)``, a whole
-            matrix ``(matrix, columns)``.
-        scale_width: Last axis of the stored scales.
-        exact: Whether every scale is a power of two and MLX's mxfp8 holds the same numbers.
     """
 
+    # rows and columns that share a scale: ``(1, columns)`` for a scale a channel,
+    # ``(matrix, columns)`` for one a matrix
     tile: tuple[int, int]
-    scale_width: int
+    scale_width: int  # last axis of the stored scales
+    # whether every scale is a power of two and MLX's mxfp8 holds the same numbers
     exact: bool = False
 
     @property
@@ -133,12 +130,6 @@ class Float8(MatrixPacking):
             "scale": flat_cut(first * across, last * across, self.scale_width),
         }
 
-    def _down(self, start: int, stop: int) -> Array:
-        """The index of each row's tile row, counted from the first that was read."""
-        first = start % self.matrix
-        rows = np.arange(first, first + stop - start) // self.tile[0]
-        return np.asarray(rows - rows[0])
-
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         out["weight"][:] = _as_float8(parts["weight"]).view(np.uint32)
         found = exponent_bytes(parts["scale"])
@@ -146,7 +137,9 @@ class Float8(MatrixPacking):
             raise InvariantError("its scales are not powers of two any more: the source changed")
         groups = np.arange(self.columns // 32) * 32 // self.tile[1]
         tiles = check_exponents(found).reshape(-1, self.grid[1])
-        out["scales"][:] = tiles[:, groups][self._down(start, stop)]
+        first = start % self.matrix
+        down = np.arange(first, first + stop - start) // self.tile[0]
+        out["scales"][:] = tiles[:, groups][down - down[0]]  # counted from the first that was read
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``byte * scale`` in float32, rounded once."""
@@ -191,18 +184,13 @@ class MxBlocks(_ExponentBlocks):
 
     ``weight``: bytes, ``[..., in / 2]`` or ``[..., in]``, or cut into blocks along its last
     axis; ``scale``: bytes ``[..., in / 32]``.
-
-    Attributes:
-        bits: 4 for mxfp4, 8 for mxfp8.
-        weight_width: Bytes in the last axis of the stored weight.
     """
 
-    bits: int
-    weight_width: int
+    bits: int  # 4 for mxfp4, 8 for mxfp8
+    weight_width: int  # bytes in the last axis of the stored weight
 
     @property
     def encoding(self) -> Quantization:
-        """The same mode of MLX."""
         return MXFP4 if self.bits == 4 else MXFP8
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
@@ -222,21 +210,15 @@ class NvBlocks(MatrixPacking):
 
     ``weight``: bytes ``[..., in / 2]``; ``scale``: E4M3 ``[..., in / 16]``; ``tensor_scale``:
     one number for all matrices, or one for each; absent where it is 1.
-
-    Attributes:
-        tensor_scales: Numbers in ``tensor_scale``; 0 where there is none.
-        tensor_scale_width: Last axis of the stored ``tensor_scale``.
-        divides: Whether group scales are divided by it, not multiplied.
-        exact: Whether every group scale times the tensor scale is an E4M3 number again, so
-            that MLX's nvfp4 holds the same numbers.
-        separate: Whether ``repack`` leaves the tensor scale to :class:`GlobalScales`.
     """
 
-    tensor_scales: int = 0
-    tensor_scale_width: int = 1
-    divides: bool = False
+    tensor_scales: int = 0  # numbers in ``tensor_scale``; 0 where there is none
+    tensor_scale_width: int = 1  # last axis of the stored ``tensor_scale``
+    divides: bool = False  # whether group scales are divided by it, not multiplied
+    # whether every group scale times the tensor scale is an E4M3 number again, so that MLX's nvfp4
+    # holds the same numbers
     exact: bool = False
-    separate: bool = False
+    separate: bool = False  # whether ``repack`` leaves the tensor scale to :class:`GlobalScales`
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         cuts = {
@@ -282,16 +264,11 @@ class GlobalScales(Packing):
 
     MLX computes ``element * group scale * (global_scale / 2688)``, 2688 being the largest
     element (6) times the largest group scale (448). A row is one number.
-
-    Attributes:
-        rows: Numbers in ``tensor_scale``.
-        width: Its last axis as stored.
-        divides: Whether group scales are divided by it, not multiplied.
     """
 
-    rows: int
-    width: int
-    divides: bool
+    rows: int  # numbers in ``tensor_scale``
+    width: int  # its last axis as stored
+    divides: bool  # whether group scales are divided by it, not multiplied
     columns: int = 1
 
     holds_codes: ClassVar[bool] = False
@@ -331,12 +308,9 @@ class Mxfp6Blocks(_ExponentBlocks):
     ``weight``: bytes ``[..., 3 in / 4]``, one little-endian stream of 6-bit fields a row;
     ``scale``: bytes ``[..., in / 32]``. E4M3 has the three fraction bits of the one and the range
     of the other, so every element becomes the E4M3 byte of the same value under the same scale.
-
-    Attributes:
-        element:  "e2m3" or "e3m2".
     """
 
-    element: str = "e2m3"
+    element: str = "e2m3"  # "e2m3" or "e3m2"
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return {

@@ -21,7 +21,6 @@ from requant.packings.base import (
     Parts,
     Rect,
     Scratch,
-    check_symmetric,
     mlx_bits,
     stream_codes,
 )
@@ -42,24 +41,16 @@ class Zeros(StrEnum):
 
 @dataclass(frozen=True)
 class Gptq(IntegerPacking):
-    """``qweight`` ``[in * bits / 32, out]``, ``qzeros`` ``[groups, out * bits / 32]``.
+    """``qweight`` ``[in * bits / 32, out]``, ``qzeros`` ``[groups, out * bits / 32]``."""
 
-    Attributes:
-        planar: Whether blocks of 32 codes are stored plane by plane.
-        stored_zeros: The meaning of the fields of ``qzeros``.
-        has_zeros: Whether there is a ``qzeros``.
-        act_order: Whether inputs belong to groups in the order of ``g_idx``.
-        sorted: Whether the codes are moved into the order of their groups: the layer's
-            inputs then come in that order.
-        word_bits: Bits of the integers that hold the streams (GPTQModel's ``pack_dtype``).
-    """
-
-    planar: bool = False
-    stored_zeros: Zeros = Zeros.AS_STORED
-    has_zeros: bool = True
-    act_order: bool = False
+    planar: bool = False  # whether blocks of 32 codes are stored plane by plane
+    stored_zeros: Zeros = Zeros.AS_STORED  # the meaning of the fields of ``qzeros``
+    has_zeros: bool = True  # whether there is a ``qzeros``
+    act_order: bool = False  # whether inputs belong to groups in the order of ``g_idx``
+    # whether the codes are moved into the order of their groups: the layer's inputs then come in
+    # that order
     sorted: bool = False
-    word_bits: int = 32
+    word_bits: int = 32  # bits of the integers that hold the streams (GPTQModel's ``pack_dtype``)
     row_unit: ClassVar[int] = 64
     strided: ClassVar[bool] = True
 
@@ -112,20 +103,15 @@ class Gptq(IntegerPacking):
         return np.take(codes, group_order(parts["g_idx"], self.groups), axis=1)
 
     def scales(self, parts: Parts, start: int, stop: int) -> Array:
-        """Stored as ``[groups, out]``."""
         return parts["scales"].T
 
     def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
-        """Unpacked along the outputs."""
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
         zeros = stored_zeros(parts["qzeros"], self.bits, stop - start, self)
-        if self.symmetric:
-            check_symmetric(zeros, self.bits)
         return zeros.T.astype(np.float32)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """``(code - zero) * scale`` in float32, rounded once."""
         if not self.act_order or self.sorted:
             super().decode(parts, start, stop, out, scratch)
             return

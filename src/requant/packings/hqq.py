@@ -20,6 +20,7 @@ from requant.kernels.decode import integer_values_into
 from requant.kernels.repack import HQQ, RowBlocks
 from requant.packings.base import (
     DTYPE_NAME,
+    EXACT,
     PRECISION,
     Array,
     Exactness,
@@ -57,16 +58,11 @@ class HqqRows(IntegerPacking):
 
     ``W_q`` packed view rows; ``scale`` and ``zero`` floats ``[view rows, 1]``. A group that does
     not divide the inputs spans two rows of the weight; such a layer has no encoding.
-
-    Attributes:
-        packing: HQQ's name of the packing.
-        packed_width: Last axis of ``W_q`` as stored (``view_as_float`` stores it as floats).
-        zero_dtype: Header name of the stored zeros.
     """
 
-    packing: str
-    packed_width: int
-    zero_dtype: str
+    packing: str  # HQQ's name of the packing
+    packed_width: int  # last axis of ``W_q`` as stored (``view_as_float`` stores it as floats)
+    zero_dtype: str  # header name of the stored zeros
 
     @property
     def encoding(self) -> Quantization | None:
@@ -116,7 +112,6 @@ class HqqRows(IntegerPacking):
         return parts["zero"].reshape(stop - start, -1).astype(np.float32)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """``(code - zero) * scale`` in float32, rounded once."""
         codes = self._view(parts, start, stop, scratch)
         scales, zeros = (
             np.ascontiguousarray(parts[role].reshape(-1, 1), np.float32)
@@ -141,7 +136,7 @@ class HqqRows(IntegerPacking):
             return rounded("scales", dtype, f"; then {steps}")
         wanted = PRECISION.get(self.scale_dtype, 53) + PRECISION.get(self.zero_dtype, 53)
         if wanted <= PRECISION[dtype]:
-            return Fidelity(Exactness.EXACT)
+            return EXACT
         return Fidelity(Exactness.ROUNDED, f"rounded to {DTYPE_NAME[dtype]}: {steps}")
 
 
@@ -162,26 +157,17 @@ class HqqColumns(Packing):
 
     ``W_q`` packed view rows of ``rows * columns / group`` codes; ``scale`` and ``zero`` floats
     ``[1, rows * columns / group]``.
-
-    Attributes:
-        rows: Output rows.
-        columns: Inputs.
-        bits: Bits of a code.
-        group: Rows of the view: values with one scale.
-        packing: HQQ's name of the packing.
-        stored_dtype: Header name of the dtype of ``W_q``.
     """
 
     rows: int
     columns: int
-    bits: int
-    group: int
-    packing: str
-    stored_dtype: str
+    bits: int  # bits of a code
+    group: int  # rows of the view: values with one scale
+    packing: str  # HQQ's name of the packing
+    stored_dtype: str  # header name of the dtype of ``W_q``
 
     @property
     def _width(self) -> int:
-        """Columns of the view."""
         return self.rows * self.columns // self.group
 
     @property

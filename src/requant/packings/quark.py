@@ -22,7 +22,6 @@ from requant.packings.base import (
     Rect,
     Scratch,
     Triple,
-    check_symmetric,
     stream_codes,
 )
 from requant.packings.floats import MXFP4, check_exponents
@@ -31,27 +30,16 @@ from requant.quantization.config import Quantization
 
 @dataclass(frozen=True)
 class _QuarkInteger(IntegerPacking):
-    """The fields that both orientations have in common.
+    """The fields that both orientations have in common."""
 
-    Attributes:
-        signed: Whether codes and zeros are two's complement.
-        reordered: Whether the codes of a word are in AWQ's order.
-        has_zeros: Whether there is a ``weight_zero_point``.
-    """
-
-    signed: bool
-    reordered: bool
-    has_zeros: bool
+    signed: bool  # whether codes and zeros are two's complement
+    reordered: bool  # whether the codes of a word are in AWQ's order
+    has_zeros: bool  # whether there is a ``weight_zero_point``
 
     @property
     def _half(self) -> np.uint8:
         """The number that is added to a signed code; adding it flips the highest bit."""
         return np.uint8(1 << (self.bits - 1) if self.signed else 0)
-
-    def _zeros(self, codes: Array) -> Array:
-        if self.symmetric:
-            check_symmetric(codes, self.bits)
-        return codes.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -75,21 +63,16 @@ class QuarkColumns(_QuarkInteger):
         return cuts
 
     def _transposed(self, stored: Array, out: Array) -> None:
-        """Fill ``out``, uint8, with the codes of rows of outputs."""
+        """Fill ``out`` with the codes of rows of outputs, uint8, or 4 bits each in uint32."""
         if self.bits == 8:
             repack.transpose_into(stored.view(np.uint8), out)
             out ^= self._half
-            return
-        repack.stream_columns_into(
-            stored.view(np.uint32), 4, out, interleaved=self.reordered, signed=self.signed
-        )
+        else:
+            reordered, words = self.reordered, stored.view(np.uint32)
+            repack.stream_columns_into(words, 4, out, interleaved=reordered, signed=self.signed)
 
     def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        if self.bits == 8:
-            self._transposed(parts["weight"], out.view(np.uint8))
-            return
-        packed = parts["weight"].view(np.uint32)
-        repack.stream_columns_into(packed, 4, out, interleaved=self.reordered, signed=self.signed)
+        self._transposed(parts["weight"], out.view(np.uint8) if self.bits == 8 else out)
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
         codes = scratch.take("codes", "U8", stop - start, self.columns)
@@ -104,18 +87,14 @@ class QuarkColumns(_QuarkInteger):
             return super().zeros(parts, start, stop)
         codes = np.empty((stop - start, self.groups), np.uint8)
         self._transposed(parts["weight_zero_point"], codes)
-        return self._zeros(codes)
+        return codes.astype(np.float32)
 
 
 @dataclass(frozen=True)
 class QuarkRows(_QuarkInteger):
-    """per_channel and per_tensor: ``weight`` ``[out, in]``, packed along the inputs.
+    """per_channel and per_tensor: ``weight`` ``[out, in]``, packed along the inputs."""
 
-    Attributes:
-        one_scale: Whether one scale (and zero) serves the whole tensor; else a vector.
-    """
-
-    one_scale: bool
+    one_scale: bool  # whether one scale (and zero) serves the whole tensor; else a vector
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         width = self.columns if self.bits == 8 else self.columns // 8
@@ -132,14 +111,11 @@ class QuarkRows(_QuarkInteger):
         out ^= np.uint32(int(self._half) * (0x01010101 if self.bits == 8 else 0x11111111))
 
     def codes(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
-        if self.bits == 8:
+        if self.bits == 8:  # a row may end within a word
             return parts["weight"].view(np.uint8) ^ self._half
-        words = parts["weight"].view(np.uint32)
-        if self.reordered:
-            in_order = np.empty_like(words)
-            repack.deinterleave_into(words, in_order)
-            words = in_order
-        return stream_codes(words, 4, self.columns) ^ self._half
+        words = np.empty(parts["weight"].shape, np.uint32)
+        self.words(parts, start, stop, words, scratch)
+        return stream_codes(words, 4, self.columns)
 
     def _each_row(self, array: Array, start: int, stop: int) -> Array:
         return np.broadcast_to(array.reshape(-1, 1), (stop - start, 1))
@@ -151,7 +127,7 @@ class QuarkRows(_QuarkInteger):
         if not self.has_zeros:
             return super().zeros(parts, start, stop)
         codes = parts["weight_zero_point"].astype(np.int32) + int(self._half)
-        return self._zeros(self._each_row(codes, start, stop))
+        return self._each_row(codes.astype(np.float32), start, stop)
 
 
 @dataclass(frozen=True)
@@ -174,8 +150,7 @@ class QuarkMx(Packing):
         check_exponents(out["scales"])
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        rows, groups = stop - start, self.columns // 32
-        words = np.empty((rows, groups * 4), np.uint32)
-        scales = np.empty((rows, groups), np.uint8)
+        words = np.empty((stop - start, self.columns // 8), np.uint32)
+        scales = np.empty((stop - start, self.columns // 32), np.uint8)
         self.repack(parts, start, stop, {"weight": words, "scales": scales}, scratch)
         native.dequantize_into(native.QuantizedTensors(words, scales), MXFP4, out)

@@ -58,14 +58,9 @@ def read_rotation(
 ) -> int | None:
     """Check the three tensors of a rotation; returns its rounds, or None with problems.
 
-    Args:
-        checkpoint: For the pairs and angles: a round must pair each input of a group once.
-        path: The layer's.
-        tensors: By role: ``theta`` floats ``[krot, in / 2]``, ``pairs`` int16 ``[krot, in]``,
-            counted within a group, ``channel_scales`` floats ``[1, in]`` or ``[in]``.
-        n_in: Inputs of the layer.
-        group: Inputs that are rotated together.
-        problems: Filled.
+    ``tensors`` are ``theta`` floats ``[krot, in / 2]``, ``pairs`` int16 ``[krot, in]``, counted
+    within a group, and ``channel_scales`` floats ``[1, in]`` or ``[in]``. A round must pair each
+    input of a ``group`` once.
     """
     before = len(problems)
     krot = _rounds(tensors)
@@ -165,16 +160,11 @@ def _rotation_cuts(krot: int, columns: int) -> dict[str, Rect]:
 
 @dataclass(frozen=True)
 class RotatedGemm(AwqGemm):
-    """AWQ gemm codes of the rotated weight; their values are those of the plain one.
+    """AWQ gemm codes of the rotated weight; their values are those of the plain one."""
 
-    Attributes:
-        krot: Rounds of the rotation.
-    """
-
-    krot: int = 0
+    krot: int = 0  # rounds of the rotation
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """The codes, and the whole rotation."""
         return super().required_rects(start, stop) | _rotation_cuts(self.krot, self.columns)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
@@ -187,28 +177,20 @@ class RotatedGemm(AwqGemm):
 
 @dataclass(frozen=True)
 class RotatedTriple(Packing):
-    """The same in MLX's layout, as an output of requant holds it.
+    """The same in MLX's layout, as an output of requant holds it."""
 
-    Attributes:
-        shape: Of the weight; outputs and inputs last, experts that share the rotation before.
-        encoding: Of the codes; affine.
-        group: Inputs that are rotated together.
-        krot: Rounds of the rotation.
-    """
-
+    # of the weight; outputs and inputs last, experts that share the rotation before
     shape: tuple[int, ...]
-    encoding: Quantization
-    group: int
-    krot: int
+    encoding: Quantization  # affine
+    group: int  # inputs that are rotated together
+    krot: int  # rounds of the rotation
 
     @property
     def rows(self) -> int:  # type: ignore[override]  # a field of other packings
-        """Outputs, those of all experts."""
         return prod(self.shape[:-1])
 
     @property
     def columns(self) -> int:  # type: ignore[override]
-        """Inputs."""
         return self.shape[-1]
 
     @property
@@ -216,7 +198,6 @@ class RotatedTriple(Packing):
         return self.shape[-2]
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        """Rows of the triple, and the whole rotation."""
         words = self.columns * self.encoding.bits // 32
         groups = self.columns // self.encoding.group_size
         return {
@@ -226,12 +207,10 @@ class RotatedTriple(Packing):
         } | _rotation_cuts(self.krot, self.columns)
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
-        """The rows as they are."""
         for role, rows in out.items():
             rows[:] = parts[role]
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """The plain weight, in float32 and rounded once."""
         wide = scratch.take("rotated", "F32", stop - start, 4 * self.columns)
         tensors = native.QuantizedTensors.from_roles(parts)
         native.dequantize_into(tensors, self.encoding, wide)

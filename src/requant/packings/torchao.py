@@ -20,7 +20,7 @@ from requant.packings.base import (
     Scratch,
     Triple,
     WrappedPacking,
-    check_symmetric,
+    affine_into,
     is_narrower,
     rounded,
 )
@@ -33,12 +33,6 @@ _TILE_ROWS: Final = 32  # that a tile takes as stored, 16 bytes each
 @dataclass(frozen=True)
 class TorchaoInteger(CtPlain):
     """Int8Tensor and IntxUnpackedToInt8Tensor: signed bytes, zeros as signed bytes."""
-
-    def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
-        zeros = super().zeros(parts, start, stop)
-        if self.symmetric and isinstance(zeros, Array):
-            check_symmetric(zeros, self.bits)
-        return zeros
 
 
 @dataclass(frozen=True)
@@ -76,12 +70,7 @@ class TorchaoInt4(IntegerPacking):
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``code * scale + zero_point`` in float32, rounded once more."""
         codes = self.codes(parts, start, stop, scratch).astype(np.float32) - np.float32(8)
-        scales, offsets = (
-            parts[role].T.astype(np.float32).repeat(self.group, axis=1)
-            for role in ("scale", "zero_point")
-        )
-        with np.errstate(over="ignore"):  # the caller counts infinities
-            out[:] = codes * scales + offsets
+        affine_into(codes, parts["scale"].T, parts["zero_point"].T, self.group, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
         what = "scales and biases" if is_narrower(dtype, self.scale_dtype) else "biases"
@@ -94,18 +83,12 @@ class Swizzled(WrappedPacking):
 
     The scale of row ``r`` and group ``c`` is in tile ``(r // 128, c // 4)``, tiles row by row,
     at ``[r % 32, 4 * (r // 32 % 4) + c % 4]`` of its 32 x 16 bytes; the last tiles are padded.
-
-    Attributes:
-        rows: Output rows of the one matrix.
-        columns: Inputs.
-        layer: The packing of the same layer with scales row by row.
-        groups: Scales of a row.
     """
 
     rows: int
     columns: int
-    layer: Packing
-    groups: int
+    layer: Packing  # the packing of the same layer with scales row by row
+    groups: int  # scales of a row
 
     @property
     def _tiles_across(self) -> int:
