@@ -51,6 +51,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "w_bit": {
         "declared.py|quantization_block.py|qweight_|gptq_awq|awq.md": "a key of AWQ's config"
     },
+    "q_bits": {"libraries/base.py": "an argument of the libraries' convert"},
     "refuse": {"": "the value of --act-order that stops at such layers"},
     "materials": {"mkdocs.yml": "a theme"},
     "peek": {"hub_server.py": "a flag of sockets"},

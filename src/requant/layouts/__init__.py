@@ -1,4 +1,4 @@
-"""The names, shapes and choice of layers that mlx-lm gives a checkpoint, without its data.
+"""The names, shapes and choice of layers that an MLX library gives a checkpoint, without its data.
 
 mlx-lm renames, stacks, splits and shifts tensors in ``Model.sanitize``. Its own converter runs
 on a checkpoint without data (``conversion_trace``), ``sanitize`` on placeholders (``tracer``), so

@@ -136,11 +136,11 @@ def run(
     target = request.quantization
     if request.recipe and (target is None or target.mode is not QuantMode.AFFINE):
         raise UsageError(f"recipe {request.recipe} is for the affine mode")
-    foreign = [
+    unreadable = [
         f"{name} ({x.dtype})" for name, x in shown.tensors.items() if x.dtype not in MLX_DTYPE
     ]
-    if foreign:
-        count, names = pluralize(len(foreign), "tensor"), join_first(foreign, 10)
+    if unreadable:
+        count, names = pluralize(len(unreadable), "tensor"), join_first(unreadable, 10)
         raise LayoutError(f"MLX cannot load {count}, so {library.name} cannot: {names}")
     conversion = _Conversion(library, shown, request, adapt)
     with tracing_lock:
@@ -301,7 +301,7 @@ class _Conversion:
 
         Raises:
             LayoutError: With the names of the others, which would keep random values; if the
-                library loads strictly, also with those of tensors that are no parameters.
+                library loads strictly, also with those of tensors that are not parameters.
         """
         names = tuple(_infos(model.parameters()))
         problems: list[str] = []

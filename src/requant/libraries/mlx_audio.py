@@ -25,27 +25,32 @@ def _domain(folder: Path, config: Mapping[str, Any]) -> str:
     """The domain that has a class for the model; "" where none does by name."""
     words = (config.get(key) for key in ("model_type", "name", "_class_name"))
     names = {word.lower() for word in words if isinstance(word, str)} - _TEXT_FAMILIES
-    heads = config.get("architectures")
-    for domain in _DOMAINS if names else ():
-        for family in sorted((folder / domain / "models").glob("*/__init__.py")):
-            if _is_of_family(family, names, {*heads} if isinstance(heads, list) else set()):
-                return domain
+    named = config.get("architectures")
+    heads = {*named} if isinstance(named, list) else set()
+    families = [x for d in _DOMAINS for x in sorted((folder / d / "models").glob("*/__init__.py"))]
+    for names_of in (_names, _own_types) if names else ():
+        for family in families:
+            if not names.isdisjoint(names_of(family, heads)):
+                return family.parts[-4]
     return ""
 
 
-def _is_of_family(module: Path, names: set[str], architectures: set[str]) -> bool:
-    """Whether a family's package takes a model of these names, with one of these heads."""
+def _names(family: Path, heads: set[str]) -> set[str]:
+    """The types that a family takes by its folder and hints; none where it asks for other heads."""
     try:
-        hints = read_table(module, _HINTS).get(_HINTS, {})
+        hints = read_table(family, _HINTS).get(_HINTS, {})
     except ValueError:
         hints = {}
-    known = {module.parent.name, *hints.get("model_type_aliases", ())}
-    for file in module.parent.glob("*.py"):
-        known.update(_OWN_TYPE.findall(file.read_text(errors="replace")))
     own_heads = {*hints.get("architectures", ())}
-    if own_heads and architectures and own_heads.isdisjoint(architectures):
-        return False
-    return not known.isdisjoint(names)
+    if own_heads and heads and own_heads.isdisjoint(heads):
+        return set()
+    return {family.parent.name, *hints.get("model_type_aliases", ())}
+
+
+def _own_types(family: Path, _: set[str]) -> set[str]:
+    """The types by which a family's config calls itself."""
+    texts = (file.read_text(errors="replace") for file in family.parent.glob("*.py"))
+    return {name for text in texts for name in _OWN_TYPE.findall(text)}
 
 
 MLX_AUDIO = Library(
