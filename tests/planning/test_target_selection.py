@@ -262,6 +262,16 @@ def test_an_override_that_cannot_be_met_exactly(checkpoint: Checkpoint, path: st
     assert words in made.problem.message
 
 
+def test_an_override_of_a_part_of_a_model_leaves_out_its_norms(checkpoint: Checkpoint) -> None:
+    asked = options(overrides=(("model", EIGHT),))
+    layout = SourceLayout((dense(Q), dense(NORM)))
+    selector = TargetSelector(checkpoint, "dense", layout, asked)
+    matrix, norm = selector.select()
+    assert (matrix.target, norm.target) == (EIGHT, None)
+    assert matrix.problem is None
+    assert norm.problem is None
+
+
 def test_every_rule_says_what_it_decides() -> None:
     """``RULES`` and these sentences are what maintainers read."""
     assert len({rule.__doc__ for rule in RULES}) == len(RULES)

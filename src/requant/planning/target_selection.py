@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.dtypes import FLOATS, KERNEL_FLOATS
@@ -142,6 +143,22 @@ class TargetSelector:
         self.notes.append(Note(NoteCode.DEFAULT_TARGET, text))
         return resolve_quantization()
 
+    def has_codes(self, layer: SourceLayer) -> bool:
+        """Whether codes of a layer have a place: it is a matrix, and not dense in its class."""
+        return len(layer.shape) > 1 and self.is_quantizable(layer)
+
+    def is_left_out(self, layer: SourceLayer) -> bool:
+        """Whether the last override that matches a layer is for others that can have codes."""
+        matching = [x for x, _ in self.options.overrides if search(x, layer.path)]
+        return matching[-1] in self._patterns_of_matrices
+
+    @cached_property
+    def _patterns_of_matrices(self) -> frozenset[str]:
+        """The patterns of overrides that match a layer that can have codes."""
+        paths = [x.path for x in self.layout.layers if x.is_weight and self.has_codes(x)]
+        patterns = {pattern for pattern, _ in self.options.overrides}
+        return frozenset(x for x in patterns if any(search(x, path) for path in paths))
+
     def is_quantizable(self, layer: SourceLayer) -> bool:
         """Whether the library can load the layer quantized; layers that it does not load can be."""
         if self.library_layout is None:
@@ -161,9 +178,14 @@ def _nonfinite(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | 
 
 
 def _override(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
-    """The last ``--override`` that matches, exactly or with a problem; ``skip`` changes nothing."""
+    """The last ``--override`` that matches, exactly or with a problem; ``skip`` changes nothing.
+
+    A pattern for a part of a model (``vision``) leaves out norms and what the class holds dense.
+    """
     override = find_override(selector.options, layer.path) if layer.is_weight else None
     if isinstance(override, Quantization):
+        if not selector.has_codes(layer) and selector.is_left_out(layer):
+            return None
         return LayerDecision(layer, override, problem=_why_not_exactly(selector, layer, override))
     if override is SKIP:
         return LayerDecision(layer, layer.encoding, _SKIPPED_BY_OVERRIDE)
@@ -171,7 +193,7 @@ def _override(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | N
 
 
 def _unused(selector: TargetSelector, layer: SourceLayer) -> LayerDecision | None:
-    """With ``--keep-extra``, layers that mlx-lm's class does not have stay as they are."""
+    """With ``--keep-extra``, layers that the library's class does not have stay as they are."""
     if layer.path not in selector.extra or selector.options.dequantize:
         return None
     return LayerDecision(layer, layer.default_target, _UNUSED_BY_CLASS)
