@@ -88,6 +88,7 @@ class Library:
         stubs: Functions of the library that load or write what is not weights, as
             (module, name): they do nothing while its convert runs.
         arguments: Takes the same as ``find_class``; further arguments of its ``convert``.
+        copied: Patterns of files that it copies though they look like weights (voices).
         has_heads: Whether its classes predict tokens, and need the output head.
     """
 
@@ -98,6 +99,7 @@ class Library:
     recipes: frozenset[str] = frozenset()
     stubs: tuple[tuple[str, str], ...] = ()
     arguments: Callable[[Path, Mapping[str, Any]], dict[str, Any]] = lambda *_: {}
+    copied: tuple[str, ...] = ()
     has_heads: bool = True
 
     @property

@@ -59,6 +59,7 @@ MLX_AUDIO = Library(
     extra="audio",
     find_class=lambda *of: bool(_domain(*of)),
     recipes=frozenset({"mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"}),
+    copied=("*.pt",),
     # Looking for the domain itself, the library imports all models, and one of them downloads.
     arguments=lambda *of: {"model_domain": _domain(*of) or None},
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import NamedTuple
 
 from requant.checkpoints.checkpoint import Checkpoint
@@ -86,6 +87,9 @@ def plan_with_source(
     load_error = "" if relayout is None else relayout.load_error
     is_obstructed = rotated or load_error or unloadable_dtypes(layers)
     quantization = output_quantization(selector, decisions)
+    copied = relayout.library.copied if relayout is not None else ()
+    voices = [x for x, _ in source.left_out if any(PurePath(x).match(y) for y in copied)]
+    side_files = (*source.side_files, *voices)
     plan = Plan(
         source=str(source.source),
         format=read.format,
@@ -95,8 +99,8 @@ def plan_with_source(
         shards=shards,
         config=output_config(selector, decisions, quantization, rotated=rotated),
         quantization=quantization,
-        side_files=(*source.side_files, *sorted(source.opened.generated_files)),
-        left_out=source.left_out,
+        side_files=(*side_files, *sorted(source.opened.generated_files)),
+        left_out=tuple(x for x in source.left_out if x[0] not in side_files),
         notes=tuple(notes),
         dropped=chosen.layout.dropped,
         layout="keep" if relayout is None else relayout.library.name,
@@ -104,7 +108,7 @@ def plan_with_source(
         rotated=rotated,
         load_error=load_error,
         repository=source.repository,
-        side_bytes=source.opened.size_of(source.side_files),
+        side_bytes=source.opened.size_of(side_files),
         intermediates=intermediate_steps(chosen.layout, relayout, options),
     )
     plan = replace(plan, notes=tuple(_notes(plan, chosen, selector, decisions, unnamed)))
