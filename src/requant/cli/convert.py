@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from requant.cli.error_handling import handle_errors, print_json, print_stderr
 from requant.cli.options import (
+    Branch,
     Calibrated,
     DryRun,
     Hessian,
@@ -15,6 +16,7 @@ from requant.cli.options import (
     Output,
     Private,
     Prompt,
+    PullRequest,
     Quiet,
     Raw,
     Seed,
@@ -45,6 +47,8 @@ def convert(
     options: TableOptions,
     upload_to: UploadTo = None,
     private: Private = False,
+    branch: Branch = None,
+    pull_request: PullRequest = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -68,6 +72,7 @@ def convert(
       requant convert Llama-3-8B-AWQ out
       requant convert Llama-3.2-1B-Q4_K_M.gguf out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
+      requant convert Qwen/Qwen3-8B out --bits 4 --upload mlx-community/
 
     SOURCE may be a repository on the hub; it is downloaded once its headers hold no problem.
     Stopped (Ctrl-C, kill, a full disk), the same command resumes where it was.
@@ -76,25 +81,38 @@ def convert(
     from requant.api import upload as publishing
     from requant.cli import plan_tables
 
+    uploading: TableOptions = {"private": private, "branch": branch, "pull_request": pull_request}
+    with handle_errors():
+        for name, value in uploading.items():
+            if value and upload_to is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is for an upload: add --upload ORG/NAME")
+        publishing.check_branch(branch, pull_request)
+        if options["yes"] and not options["consume_source"]:
+            raise UsageError("--yes confirms --consume-source: add that")
+    uploading["force"] = force = options["force"]
     if dry_run:
-        force = options["force"]
         options = {name: options[name] for name in options_of_command("plan")}
         with handle_errors():
             with progress_display(quiet or options["budget"] is None) as progress:
                 plan = conversion.plan(source, **options, progress=progress)
-            _print_plan(plan, options, json, quiet=quiet, output=output, force=force)
+            if upload_to is not None:
+                upload_to = publishing.planned_name(upload_to, source, output, plan, **options)
+            _print_plan(
+                plan, options, json, quiet=quiet, output=output, force=force, upload_to=upload_to
+            )
         return
     with handle_errors():
-        if private and upload_to is None:
-            raise UsageError("--private is for an upload: add --upload ORG/NAME")
-        if options["yes"] and not options["consume_source"]:
-            raise UsageError("--yes confirms --consume-source: add that")
         if upload_to is not None:
-            publishing.check_ready(upload_to)
+            is_completed = upload_to.endswith("/")
+            upload_to = publishing.planned_name(upload_to, source, output, **options)
+            if is_completed and not quiet:
+                print_stderr(f"will upload to {upload_to}")
+            publishing.check_ready(upload_to, **uploading)
     with handle_errors(), progress_display(quiet) as progress:
         report = conversion.convert(source, output, **options, progress=progress)
     if upload_to is not None:
-        send(output, upload_to, None, private, quiet)
+        send(output, upload_to, uploading, quiet=quiet, resumes=False)
     with handle_errors():
         if json:
             print_json(report.to_dict())
@@ -228,6 +246,7 @@ def _print_plan(
     quiet: bool = False,
     output: Path | None = None,
     force: bool = False,
+    upload_to: str | None = None,
 ) -> None:
     from requant.cli import plan_tables
     from requant.execution.resources import plan_resources
@@ -247,6 +266,7 @@ def _print_plan(
             "extra_bytes": sum(shard.nbytes for shard in plan.shards),
             "extra_bytes_with_consume_source": peak_disk_bytes(plan),
         }
-        print_json(plan.to_dict() | {"memory": memory, "disk": disk})
+        upload = {} if upload_to is None else {"upload": upload_to}
+        print_json(plan.to_dict() | {"memory": memory, "disk": disk} | upload)
     elif not quiet:
-        plan_tables.show_plan(plan, budget, output)
+        plan_tables.show_plan(plan, budget, output, upload_to)

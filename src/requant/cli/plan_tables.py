@@ -28,13 +28,19 @@ _REASON_TITLES = (
 _FILE_LINES = 4
 
 
-def show_plan(plan: Plan, budget: ResourceLimits, output: Path | None = None) -> None:
+def show_plan(
+    plan: Plan,
+    budget: ResourceLimits,
+    output: Path | None = None,
+    upload_to: str | None = None,
+) -> None:
     """Print what a conversion would do.
 
     Args:
         plan: The plan.
         budget: The threads and memory of the run.
         output: The output folder of ``convert --dry-run``.
+        upload_to: The repository of ``--upload``, complete.
     """
     page = TablePrinter()
     page.line(f"{_title(plan)}{f' -> {output}' if output else ''}", "bold")
@@ -48,6 +54,8 @@ def show_plan(plan: Plan, budget: ResourceLimits, output: Path | None = None) ->
         f"disk {format_size(sum(shard.nbytes for shard in plan.shards))} next to the source, "
         f"{format_size(peak_disk_bytes(plan))} at a time with --consume-source"
     )
+    if upload_to is not None:
+        page.line(f"would upload to {upload_to}")
     if output is not None:
         page.line("dry run: nothing was written")
 
