@@ -76,7 +76,9 @@ model, tokenizer = load("{model}")
 prompt = "What is a file?"
 if tokenizer.chat_template is not None:
     messages = [{{"role": "user", "content": prompt}}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
 print(generate(model, tokenizer, prompt=prompt, max_tokens=256))
 ```
 
