@@ -329,7 +329,7 @@ def test_what_the_source_says_of_itself_is_kept(hub: Hub, call: Call) -> None:
     hub.repositories[NAME]["README.md"] = f"---\n{data}\n---\n".encode()
     ok(call("convert", NAME, "out", "--bits", "4", "--quiet"))
     declared = json.loads(ok(call("upload", "out", "me/m", "--dry-run", "--json")))["card"]
-    for line in ("license_name: own", "- de", "- fr", "pipeline_tag: feature-extraction"):
+    for line in ("license_name: own", "language: [de, fr]", "pipeline_tag: feature-extraction"):
         assert f"{line}\n" in declared
     declared = ok(call("upload", "out", "me/m", "--dry-run", "--base-model", "the/original"))
     assert "base_model: the/original\n" in declared and f"requant convert {NAME} OUTPUT" in declared
