@@ -8,6 +8,7 @@ import pytest
 
 from requant.api.convert import convert
 from requant.api.verify import verify
+from requant.reports.front_matter import FrontMatter
 from requant.reports.model_card import model_card
 from requant.reports.record_summary import read_figures
 from tests.support.commands import Result
@@ -47,6 +48,6 @@ def test_what_a_report_says_to_check_with_is_enough(
     assert check == "check: requant verify SOURCE out --imatrix s.safetensors"
     words = check.removeprefix("check: requant ").replace("SOURCE", str(LLAMA)).split()
     assert requant(*words).code == 0
-    card = model_card(read_figures("out"), "me/out", None, {})
+    card = model_card(read_figures("out"), "me/out", None, FrontMatter())
     assert "`s.safetensors` holds these statistics" in card and "(GPTQ)" in card
     assert "requant verify SOURCE out --imatrix s.safetensors" in card

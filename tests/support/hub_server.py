@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -36,6 +36,8 @@ class Hub:
         sent: Bytes of files that went out.
         objects: LFS objects that came in, by hash.
         commits: Id -> lines of the commit that was made.
+        targets: Id -> branch that the commit was made to, and whether as a pull request.
+        branches: Id -> branch -> relative path -> content.
         heads: Id -> commit, where it is not the usual one.
         gates: File -> byte of it from which on it is sent, and what must be true before; a test
             that is over, or a minute, open all.
@@ -54,6 +56,8 @@ class Hub:
     sent: int = 0
     objects: dict[str, bytes] = field(default_factory=dict)
     commits: dict[str, list[Any]] = field(default_factory=dict)
+    targets: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    branches: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     gates: dict[str, tuple[int, Callable[[], bool]]] = field(default_factory=dict)
     served: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -155,8 +159,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def about(self, name: str, revision: str | None) -> None:
         files = self.state.repositories.get(name)
+        branch = self.state.branches.get(name, {}).get(revision or "")
         if files is None:
             self.answer(401, X_Error_Code="RepoNotFound")
+        elif branch is not None:
+            siblings = [self.listed(file, x) for file, x in branch.items()]
+            sha = Hub.commit(f"{name}@{revision}")
+            self.json({"id": name, "sha": sha, "siblings": siblings, "private": True})
         elif revision not in (None, "main", "v1", Hub.commit(name), self.head(name)):
             self.answer(404, X_Error_Code="RevisionNotFound")
         else:
@@ -179,6 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def file(self, name: str, revision: str, file: str) -> None:
         stored = self.state.served.get(name) or self.state.repositories.get(name, {})
+        for branch, files in self.state.branches.get(name, {}).items():
+            if revision == Hub.commit(f"{name}@{branch}"):
+                stored = files
         content = stored.get(file)
         if name in self.state.gated and not self.headers.get("Authorization"):
             self.answer(403, X_Error_Code="GatedRepo")
@@ -273,13 +285,34 @@ class _Handler(BaseHTTPRequestHandler):
             self.json(
                 {"transfer": "basic", "objects": [*map(self.place, json.loads(body)["objects"])]}
             )
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
-            self.state.commits[found[1]] = [json.loads(line) for line in body.splitlines()]
-            commit = Hub.commit(found[1])
-            url = f"{self.state.url}/{found[1]}/commit/{commit}"
-            self.json({"commitUrl": url, "commitOid": commit, "success": True})
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/(.+)", path):
+            name, branch = found.groups()
+            files = self.state.repositories[name]
+            self.state.branches.setdefault(name, {})[branch] = dict(files)
+            self.json({})
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/(.+)", path):
+            self.commit(*found.groups(), [json.loads(line) for line in body.splitlines()])
         else:
             self.answer(404)
+
+    def commit(self, name: str, revision: str, lines: list[Any]) -> None:
+        parent = lines[0]["value"].get("parentCommit")
+        branch = self.state.branches.get(name, {}).get(revision)
+        if revision != "main" and branch is None:
+            self.answer(404, X_Error_Code="RevisionNotFound")
+            return
+        # A branch that was made a moment ago is where the main one was.
+        heads = (self.head(name), Hub.commit(f"{name}@{revision}"))
+        if parent is not None and parent not in heads:
+            self.answer(412, X_Error_Message="A commit has happened since")
+            return
+        as_pr = parse_qs(urlsplit(self.path).query).get("create_pr") == ["1"]
+        self.state.commits[name] = lines
+        self.state.targets[name] = revision, as_pr
+        commit = Hub.commit(name)
+        url = f"{self.state.url}/{name}/commit/{commit}"
+        made = {"pullRequestUrl": f"{self.state.url}/{name}/discussions/1"} if as_pr else {}
+        self.json({"commitUrl": url, "commitOid": commit, "success": True} | made)
 
     @staticmethod
     def mode(file: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ def convert(
     options: TableOptions,
     upload_to: arg.UploadTo = None,
     private: arg.Private = False,
+    branch: arg.Branch = None,
+    pull_request: arg.PullRequest = False,
     dry_run: arg.DryRun = False,
     json: arg.Json = False,
     quiet: arg.Quiet = False,
@@ -44,6 +46,7 @@ def convert(
       requant convert Llama-3-8B-AWQ out
       requant convert Llama-3.2-1B-Q4_K_M.gguf out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
+      requant convert Qwen/Qwen3-8B out --bits 4 --upload mlx-community/
 
     SOURCE may be a repository on the hub; it is downloaded once its headers hold no problem.
     Stopped (Ctrl-C, kill, a full disk), the same command resumes where it was.
@@ -52,21 +55,31 @@ def convert(
     from requant.api import upload as publishing
     from requant.cli import plan_tables
 
-    if dry_run:
-        planned = {name: options[name] for name in options_of_command("plan")}
-        _show_plan(source, planned, json, quiet, output, force=options["force"])
-        return
+    uploading: TableOptions = {"private": private, "branch": branch, "pull_request": pull_request}
     with handle_errors():
-        if private and upload_to is None:
-            raise UsageError("--private is for an upload: add --upload ORG/NAME")
+        for name, value in uploading.items():
+            if value and upload_to is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is for an upload: add --upload ORG/NAME")
+        publishing.check_branch(branch, pull_request)
         if options["yes"] and not options["consume_source"]:
             raise UsageError("--yes confirms --consume-source: add that")
+    uploading["force"] = force = options["force"]
+    if dry_run:
+        planned = {name: options[name] for name in options_of_command("plan")}
+        _show_plan(source, planned, json, quiet, output, force=force, upload_to=upload_to)
+        return
+    with handle_errors():
         if upload_to is not None:
-            publishing.check_ready(upload_to)
+            is_completed = upload_to.endswith("/")
+            upload_to = publishing.planned_name(upload_to, source, output, **options)
+            if is_completed and not quiet:
+                print_stderr(f"will upload to {upload_to}")
+            publishing.check_ready(upload_to, **uploading)
     with handle_errors(), progress_display(quiet) as progress:
         report = conversion.convert(source, output, **options, progress=progress)
     if upload_to is not None:
-        send(output, upload_to, None, private, quiet)
+        send(output, upload_to, uploading, quiet=quiet, resumes=False)
     with handle_errors():
         if json:
             print_json(report.to_dict())
@@ -194,9 +207,11 @@ def _show_plan(
     quiet: bool = False,
     output: Path | None = None,
     force: bool = False,
+    upload_to: str | None = None,
 ) -> None:
     """Plan and print the plan; with an ``output``, check too that it can be written."""
     from requant.api import convert as conversion
+    from requant.api import upload as publishing
     from requant.cli import plan_tables
     from requant.execution.resources import plan_resources
     from requant.output.preflight import check_output
@@ -205,6 +220,8 @@ def _show_plan(
     with handle_errors():
         with progress_display(quiet or options["budget"] is None) as progress:
             plan = conversion.plan(source, **options, progress=progress)
+        if upload_to is not None:
+            upload_to = publishing.planned_name(upload_to, source, output, plan, **options)
         limits = plan_resources(plan, options["threads"], options["max_memory"])
         if output is not None:
             check_output(plan, output, force)
@@ -214,6 +231,7 @@ def _show_plan(
                 "extra_bytes_with_consume_source": peak_disk_bytes(plan),
             }
             memory = {x: getattr(limits, x) for x in ("peak_bytes", "threads", "chunk_bytes")}
-            print_json(plan.to_dict() | {"memory": memory, "disk": disk})
+            upload = {} if upload_to is None else {"upload": upload_to}
+            print_json(plan.to_dict() | {"memory": memory, "disk": disk} | upload)
         elif not quiet:
-            plan_tables.show_plan(plan, limits, output)
+            plan_tables.show_plan(plan, limits, output, upload_to)

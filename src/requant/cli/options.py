@@ -143,6 +143,13 @@ _TEXTS = (
 )
 _TEXT = "Evaluate both on this text (.txt, or .jsonl with a text a line); needs mlx-lm."
 _PREVIEW = "Print the model card and the files; upload nothing."
+_REPOSITORY = "Repository on the hub, org/name; org/ is completed to org/NAME-4bit and the like."
+_UPLOAD = (
+    "Upload OUTPUT to the hub when it is done: org/name, or org/ for org/NAME-4bit, -6bit, "
+    "-mxfp4, -bf16, ... with the name of SOURCE."
+)
+_BRANCH = "Upload to this branch, created from main if it does not exist."
+_PULL_REQUEST = "Open a pull request with the upload instead of a commit to main."
 _DRY_RUN = "Check everything, print the plan, write nothing."
 _HESSIAN = "Collect what --gptq needs: 4 bytes x inputs^2 a layer."
 
@@ -154,7 +161,7 @@ AgainstSource = Annotated[Path | None, _argument("OUTPUT", "Folder to check.")]
 ModelA = Annotated[Path, _argument("A", "Folder or GGUF file of the reference model.")]
 ModelB = Annotated[Path, _argument("B", "The same model in another form.")]
 Calibrated = Annotated[Path, _argument("MODEL", "Folder, GGUF file, or org/name on the hub.")]
-Repository = Annotated[str, _argument("REPO", "Repository on the hub, org/name.")]
+Repository = Annotated[str, _argument("REPO", _REPOSITORY)]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings only.")]
@@ -164,9 +171,10 @@ Private = Annotated[bool, typer.Option("--private", help="Create a private repos
 Raw = Annotated[bool, typer.Option("--raw", help="Use the prompt without the chat template.")]
 Hessian = Annotated[bool, typer.Option("--hessian", help=_HESSIAN)]
 
-UploadTo = Annotated[
-    str | None, _value("--upload", "REPO", "Upload OUTPUT to the hub when it is done.")
-]
+UploadTo = Annotated[str | None, _value("--upload", "REPO", _UPLOAD)]
+Branch = Annotated[str | None, _value("--branch", "BRANCH", _BRANCH)]
+PullRequest = Annotated[bool, _flag("--pull-request", help=_PULL_REQUEST)]
+ReplaceCard = Annotated[bool, _flag("--force", "-f", help="Replace a README.md that differs.")]
 BaseModel = Annotated[
     str | None, _value("--base-model", "ID", "Source on the hub, for the model card.")
 ]

@@ -28,8 +28,10 @@ _REASON_TITLES = (
 _FILE_LINES = 4
 
 
-def show_plan(plan: Plan, budget: ResourceLimits, output: Path | None = None) -> None:
-    """Print what a conversion would do; ``output`` is that of ``convert --dry-run``."""
+def show_plan(
+    plan: Plan, budget: ResourceLimits, output: Path | None = None, upload_to: str | None = None
+) -> None:
+    """Print what a conversion would do; ``output`` and ``upload_to`` are those of ``--dry-run``."""
     page = TablePrinter()
     page.line(f"{_title(plan)}{f' -> {output}' if output else ''}", "bold")
     _show_layers(page, plan)
@@ -42,6 +44,8 @@ def show_plan(plan: Plan, budget: ResourceLimits, output: Path | None = None) ->
         f"disk {format_size(sum(shard.nbytes for shard in plan.shards))} next to the source, "
         f"{format_size(peak_disk_bytes(plan))} at a time with --consume-source"
     )
+    if upload_to is not None:
+        page.line(f"would upload to {upload_to}")
     if output is not None:
         page.line("dry run: nothing was written")
 

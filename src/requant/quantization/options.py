@@ -279,6 +279,7 @@ class RunOptions:
     force: bool = option(
         types.FLAG,
         doc="Replace an existing output folder.",
+        help="Replace an existing OUTPUT, and the README.md of --upload.",
         flags=("--force", "-f"),
         functions=("convert",),
     )

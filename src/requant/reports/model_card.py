@@ -2,67 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from requant.checkpoints.folder_files import CONFIG
 from requant.checkpoints.safetensors_folder import read_json
 from requant.planning.plan import Treatment
+from requant.reports.front_matter import FrontMatter
+from requant.reports.library_usage import LIBRARIES, task_of, usage
 from requant.reports.record_summary import Figures
 from requant.reports.run_command import generates_text
 from requant.sources.hub_repository import CARD, Repository
 
-# Metadata that a card inherits from the source's; the rest would describe another model.
-_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
+def source_card(folder: Path, figures: Figures) -> str:
+    """The card of the source; "" if there is none.
 
-def _source_card(folder: Path, figures: Figures) -> dict[str, Any]:
-    """License, language and task in the card of the source.
-
-    The card is in the output or, for a GGUF file from the hub, in its download folder.
+    It is in the output or, for a GGUF file from the hub, in its download folder.
     """
-    import huggingface_hub
-
     place = folder / CARD
     if figures.repository is not None and not place.exists():
         name, commit = figures.repository
         place = Repository(name.partition(":")[0], commit, {}).card
     try:
-        text = place.read_text("utf-8")
-        card = huggingface_hub.ModelCard(text, ignore_metadata_errors=True)
-        data: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
-    except (OSError, ValueError):  # no card, or an invalid one
-        return {}
-    return {key: data[key] for key in _INHERITED if key in data}
+        return place.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def model_card(
-    figures: Figures, repository: str, base_model: str | None, inherited: Mapping[str, Any]
+    figures: Figures, repository: str, base_model: str | None, source: FrontMatter
 ) -> str:
-    """The card as Markdown: origin, command, quantization error, how to run and to check it."""
-    from huggingface_hub import ModelCardData
+    """The card as Markdown: origin, how to run, command, quantization error, how to check.
 
+    Args:
+        figures: The record of the output.
+        repository: ``org/name`` that it is for.
+        base_model: Id of the source on the hub; None takes that of the record.
+        source: Metadata of the source's card; all of them are kept.
+    """
     known = figures.repository[0].partition(":")[0] if figures.repository else None
     base = base_model or known
-    data: dict[str, Any] = {**inherited, "library_name": "mlx", "tags": ["mlx", "requant"]}
-    if "pipeline_tag" not in data and _generates_text(figures):
-        data["pipeline_tag"] = "text-generation"
-    if base is not None:
-        relation = {} if _is_dense(figures) else {"base_model_relation": "quantized"}
-        data |= {"base_model": base, **relation}
-    front = ModelCardData(**data).to_yaml()
+    folder, layout = Path(figures.output), figures.options.layout
+    config, files = read_json(folder, CONFIG), [x.name for x in folder.iterdir()]
+    task = task_of(layout, config, files, "".join(source.texts("pipeline_tag")[:1]))
+    metadata = _metadata(figures, base, task, source)
     name = repository.partition("/")[2]
-    origin = f"[{base}](https://huggingface.co/{base})" if base else figures.source_format
+    origin = f"[{base}](https://huggingface.co/{base})" if base else "a checkpoint"
+    running = usage(layout, task, config, repository)
+    if layout == "mlx-lm" and not generates_text(config, files):
+        running = (
+            "Tensors have the names of mlx-lm's class; it is not a model that generates text.\n"
+        )
+    elif layout == "mlx-lm" and config.get("rotation"):
+        running = (
+            "Its layers are rotated: `requant.mlx_lm.load` of the requant package runs them.\n"
+        )
     return f"""---
-{front}
----
+{metadata.to_yaml()}---
 
-# {name}
+# {repository}
 
-{origin} ({figures.source_format}) in MLX's format, converted from the stored weights by requant
-{figures.requant}: {figures.bits_per_weight:.2f} bits per weight, {figures.bytes_out:,} bytes.
+[{repository}](https://huggingface.co/{repository}) was converted to MLX's format from
+{origin} ({figures.source_format}), from the stored weights, by requant **{figures.requant}**:
+{figures.bits_per_weight:.2f} bits per weight, {figures.bytes_out:,} bytes.
 
+## Use with mlx
+
+{running}
 ## How it was made
 
 ```sh
@@ -71,9 +77,6 @@ def model_card(
 
 {_statistics(figures)}{_table(figures)}
 {_errors(figures)}
-## How to run it
-
-{_running(figures, repository)}
 ## How to check it
 
 `requant.json` holds the SHA-256 of every tensor. `requant verify` compares them, and with the
@@ -85,17 +88,25 @@ source at hand repeats the conversion and compares every byte:
 """
 
 
-def _generates_text(figures: Figures) -> bool:
-    """Return whether the output is a model that generates text in mlx-lm."""
-    config = read_json(Path(figures.output), CONFIG)
-    named = config.get("architectures")
-    causal = isinstance(named, list) and any(str(x).endswith("ForCausalLM") for x in named)
-    return causal or (figures.options.layout == "mlx-lm" and _generates(figures, config))
-
-
-def _generates(figures: Figures, config: Mapping[str, Any]) -> bool:
-    """Return whether the output has a head that predicts tokens, and a tokenizer."""
-    return generates_text(config, (x.name for x in Path(figures.output).iterdir()))
+def _metadata(
+    figures: Figures, base: str | None, task: str | None, source: FrontMatter
+) -> FrontMatter:
+    """The source's metadata with those of the output in place of their values."""
+    library = LIBRARIES[figures.options.layout]
+    tags = dict.fromkeys((*source.texts("tags"), *library.tags))
+    entries: dict[str, str | list[str]] = {
+        "library_name": library.library_name,
+        "tags": list(tags),
+    }
+    if task is None:
+        source = source.without("pipeline_tag")
+    else:
+        entries["pipeline_tag"] = task
+    if base is not None:
+        source = source.without("base_model_relation")
+        relation = {} if _is_dense(figures) else {"base_model_relation": "quantized"}
+        entries |= {"base_model": base, **relation}
+    return source.replaced(entries)
 
 
 def _is_dense(figures: Figures) -> bool:
@@ -138,20 +149,4 @@ def _errors(figures: Figures) -> str:
     return (
         f"New codes have a relative error (rms) of {median} in the median layer and {most} in the "
         f"worst (`{worst.layer}`).\n"
-    )
-
-
-def _running(figures: Figures, repository: str) -> str:
-    config = read_json(Path(figures.output), CONFIG)
-    if figures.options.layout != "mlx-lm":
-        return (
-            "Tensors have the source's names: for custom loaders. For mlx-lm, convert with "
-            "`--layout mlx-lm`, if it has a class for the model.\n"
-        )
-    if not _generates(figures, config):
-        return "Tensors have the names of mlx-lm's class; it is not a model that generates text.\n"
-    if config.get("rotation"):
-        return "Its layers are rotated: `requant.mlx_lm.load` of the requant package runs them.\n"
-    return (
-        f'```sh\npip install mlx-lm\nmlx_lm.generate --model {repository} --prompt "Hello"\n```\n'
     )
