@@ -220,7 +220,7 @@ def _show_plan(
     with handle_errors():
         with progress_display(quiet or options["budget"] is None) as progress:
             plan = conversion.plan(source, **options, progress=progress)
-        if upload_to is not None:
+        if upload_to is not None and output is not None:
             upload_to = publishing.planned_name(upload_to, source, output, plan, **options)
         limits = plan_resources(plan, options["threads"], options["max_memory"])
         if output is not None:

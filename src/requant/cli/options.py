@@ -173,8 +173,10 @@ Hessian = Annotated[bool, typer.Option("--hessian", help=_HESSIAN)]
 
 UploadTo = Annotated[str | None, _value("--upload", "REPO", _UPLOAD)]
 Branch = Annotated[str | None, _value("--branch", "BRANCH", _BRANCH)]
-PullRequest = Annotated[bool, _flag("--pull-request", help=_PULL_REQUEST)]
-ReplaceCard = Annotated[bool, _flag("--force", "-f", help="Replace a README.md that differs.")]
+PullRequest = Annotated[bool, typer.Option("--pull-request", help=_PULL_REQUEST)]
+ReplaceCard = Annotated[
+    bool, typer.Option("--force", "-f", help="Replace a README.md that differs.")
+]
 BaseModel = Annotated[
     str | None, _value("--base-model", "ID", "Source on the hub, for the model card.")
 ]
