@@ -144,7 +144,7 @@ def test_auto_keeps_names_where_mlx_lm_has_no_class(dense: Path) -> None:
 def test_auto_keeps_names_where_the_class_does_not_take_the_tensors(
     dense: Path, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    assert kept_because(dense).startswith("mlx-lm, converting llama: ")
+    assert kept_because(dense).startswith("mlx-lm, loading llama: ")
     shutil.copytree(model("micro-llama"), tmp_path / "more")
     weights = mx.load(str(tmp_path / "more" / "model.safetensors"))
     mx.eval(weights)  # the file is written over

@@ -138,7 +138,9 @@ def upload(
     removed = tuple(name for name in target.files if _is_weights(name) and name not in paths)
     message = f"Converted by requant {figures.requant}"
     with _bars(show_progress):
-        url = target.commit(paths, card, removed, message, private, pull_request)
+        url = target.commit(
+            paths, card, removed, message, private=private, pull_request=pull_request
+        )
     return replace(result, url=url, removed=removed)
 
 

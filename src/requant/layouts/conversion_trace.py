@@ -263,18 +263,21 @@ class _Conversion:
             raise
         except (Exception, SystemExit) as error:  # olmo exits where a package is missing
             names = tuple(_infos(created[0].parameters())) if created else ()
-            raise self._as_layout_error(error, names) from error
+            doing = "loading" if output is None else "converting"
+            raise self._as_layout_error(error, doing, names) from error
         finally:
             logging.disable(logging.NOTSET)
 
-    def _as_layout_error(self, error: BaseException, class_names: tuple[str, ...]) -> RequantError:
+    def _as_layout_error(
+        self, error: BaseException, doing: str, class_names: tuple[str, ...]
+    ) -> RequantError:
         model_type = self.shown.config.get("model_type")
         explained = _explain(error)
         if explained is None:
             return UnknownModelError(
                 f"{self.library.name} has no class for model_type {model_type!r}", self.library.name
             )
-        result = LayoutError(f"{self.library.name}, converting {model_type}: {explained}")
+        result = LayoutError(f"{self.library.name}, {doing} {model_type}: {explained}")
         result.class_names = class_names
         return result
 
