@@ -1,0 +1,1 @@
+"""The MLX libraries: what each can load, how it converts, and how it runs a model."""
