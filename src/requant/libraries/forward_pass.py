@@ -18,7 +18,7 @@ from requant.text import one_line, pluralize
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# Names under which classes of the libraries take an input; and those where None is no input.
+# Names under which classes of the libraries take an input; and those that may be None.
 _IDS = ("input_ids", "inputs", "tokens")
 _GRID = ("image_grid_thw", "grid_thw")
 _OMITTED = ("pixel_values", "mask", "attention_mask", "cache")
