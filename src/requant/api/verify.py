@@ -120,8 +120,8 @@ def verify(
     """
     place = Path(folder if output is None else output)
     problems = _ProblemCollector()
-    if load and output is None and not os.path.lexists(place / RECORD):
-        return Verification(str(place), None, 0, 0, (), check_load(place))
+    if load and output is None and (place / CONFIG).is_file() and not (place / RECORD).exists():
+        return Verification(str(place), None, 0, 0, (), load=check_load(place))
     record = _read_record(place, problems, None if output is None else Path(folder))
     checkpoint = _read_output(place, problems)
     if checkpoint is not None:
@@ -144,7 +144,9 @@ def verify(
         len(tensors),
         sum(tensor.info.nbytes for tensor in tensors),
         problems.as_tuple(),
-        check_load(place, _recorded_layout(record)) if load and checkpoint is not None else None,
+        load=check_load(place, _recorded_layout(record))
+        if load and checkpoint is not None
+        else None,
     )
 
 
