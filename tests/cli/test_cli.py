@@ -65,6 +65,7 @@ def test_plan_takes_every_option_of_convert(requant: Requant) -> None:
         "--no-resume",
         "--private",
         "--upload",
+        "--verify-load",
         "--yes",
         "--quiet",
     }

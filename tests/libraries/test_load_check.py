@@ -214,3 +214,30 @@ def test_an_output_that_does_not_load_stays(tmp_path: Path) -> None:
     assert "complete and stays" in caught.value.__notes__[0]
     assert requant.verify(source, out).ok
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_a_class_that_runs_in_generation_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text then runs as mlx-vlm's generation runs it, with the same logits."""
+    write_model("mlx-vlm", tmp_path)
+    model, _ = loading.load(tmp_path, "mlx-vlm", on_cpu=True)
+
+    def call(self: object, input_ids: mx.array, pixel_values=None, mask=None) -> None:
+        raise ValueError("not without a cache")
+
+    monkeypatch.setattr(type(model), "__call__", call)
+    check = check_load(tmp_path, "mlx-vlm")
+    assert check.ok and check.ran[0] == "text, 8 tokens" and check.logits >= 8 * 384
+
+
+def test_a_class_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model("mlx-lm", tmp_path)
+    from mlx_lm.models import llama
+
+    def call(self: object, inputs: mx.array, cache: object = None) -> None:
+        raise KeyError("rope")
+
+    monkeypatch.setattr(llama.Model, "__call__", call)
+    (problem,) = check_load(tmp_path, "mlx-lm").problems
+    assert problem.message == "the forward pass fails: text (KeyError: 'rope')"

@@ -7,8 +7,9 @@ the text, or else through its tower alone. What was not run is named, with the r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from requant.libraries.loading import Module, cpu, quiet
@@ -24,7 +25,7 @@ _GRID = ("image_grid_thw", "grid_thw")
 _OMITTED = ("pixel_values", "mask", "attention_mask", "cache")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Modality:
     """How classes take an input other than text.
 
@@ -49,22 +50,22 @@ class _Modality:
 
 _MODALITIES = (
     _Modality(
-        "image",
-        "vision_config",
-        "mlx_vlm",
-        ("pixel_values", "images"),
-        ("vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder"),
-        ("pixel_values", "x", "hidden_states"),
-        ("image_token_id", "image_token_index"),
+        name="image",
+        part="vision_config",
+        package="mlx_vlm",
+        inputs=("pixel_values", "images"),
+        towers=("vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder"),
+        tower_inputs=("pixel_values", "x", "hidden_states"),
+        placeholders=("image_token_id", "image_token_index"),
     ),
     _Modality(
-        "sound",
-        "audio_config",
-        "mlx_audio",
-        ("input_features", "mel", "input_values", "audio_signal"),
-        ("audio_tower", "audio_encoder", "audio_model", "encoder"),
-        ("input_features", "mel", "x", "input_values", "audio"),
-        ("audio_token_id", "audio_token_index"),
+        name="sound",
+        part="audio_config",
+        package="mlx_audio",
+        inputs=("input_features", "mel", "input_values", "audio_signal"),
+        towers=("audio_tower", "audio_encoder", "audio_model", "encoder"),
+        tower_inputs=("input_features", "mel", "x", "input_values", "audio"),
+        placeholders=("audio_token_id", "audio_token_index"),
     ),
 )
 
@@ -115,8 +116,7 @@ def forward(model: Module, config: Mapping[str, Any]) -> ForwardPass:
         ids = next((name for name in parameters if name in _IDS), None)
         required = {name for name, p in parameters.items() if p.default is p.empty}
         if ids is not None and required <= {ids, *_OMITTED}:
-            run = _Run(model, f"text, {TOKENS} tokens", {ids: samples.token_ids()})
-            _run_first("text", iter([run]), result)
+            _run_first("text", _text_runs(model, ids, samples), result)
         for modality in _MODALITIES:
             if modality.part not in config and modality.package not in type(model).__module__:
                 continue
@@ -134,6 +134,26 @@ class _Run:
     module: Module
     label: str
     arguments: dict[str, Any]
+
+
+def _text_runs(model: Module, ids: str, samples: SampleInputs) -> Iterator[_Run]:
+    """Calls of a model with text: of the class, else the step of mlx-vlm's generation."""
+    label, tokens = f"text, {TOKENS} tokens", samples.token_ids()
+    yield _Run(model, label, {ids: tokens})
+    if "mlx_vlm" in type(model).__module__ and hasattr(model, "get_input_embeddings"):
+        yield _Run(_generation_step(model), label, {"input_ids": tokens})
+
+
+def _generation_step(model: Module) -> Callable[[mx.array], Any]:
+    """Embeddings, then the language model with a cache, as mlx-vlm generates."""
+
+    def step(input_ids: mx.array) -> Any:
+        cache = import_module("mlx_vlm.models.cache").make_prompt_cache(model.language_model)
+        embedded = model.get_input_embeddings(input_ids, None, mask=None)
+        values = {name: x for name, x in vars(embedded).items() if x is not None}
+        return model.language_model(input_ids, cache=cache, **values)
+
+    return step
 
 
 def _run_first(what: str, runs: Iterator[_Run], result: ForwardPass) -> None:

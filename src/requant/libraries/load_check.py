@@ -27,10 +27,10 @@ class LoadCheck:
 
     library: str
     version: str
-    ran: tuple[str, ...]
-    not_run: tuple[str, ...]
-    logits: int
-    problems: tuple[Problem, ...]
+    ran: tuple[str, ...] = ()
+    not_run: tuple[str, ...] = ()
+    logits: int = 0
+    problems: tuple[Problem, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -56,7 +56,7 @@ def check_load(folder: Path, layout: str = "") -> LoadCheck:
         model, config = load(folder, library, on_cpu=True)
     except CheckpointError as error:
         installed = library_version(library) if library else ""
-        return LoadCheck(library, installed, (), (), 0, error.problems)
+        return LoadCheck(library, installed, problems=error.problems)
     result = forward(model, config)
     problems = [Problem(library, f"the forward pass gives {text}") for text in result.nonfinite]
     if result.fails:
@@ -65,8 +65,8 @@ def check_load(folder: Path, layout: str = "") -> LoadCheck:
     return LoadCheck(
         library,
         library_version(library),
-        tuple(result.ran),
-        tuple(result.not_run),
-        result.logits,
-        tuple(problems),
+        ran=tuple(result.ran),
+        not_run=tuple(result.not_run),
+        logits=result.logits,
+        problems=tuple(problems),
     )
