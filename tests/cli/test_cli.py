@@ -64,6 +64,7 @@ def test_plan_takes_every_option_of_convert(requant: Requant) -> None:
         "--private",
         "--pull-request",
         "--upload",
+        "--verify-load",
         "--yes",
         "--quiet",
     }

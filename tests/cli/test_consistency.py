@@ -35,6 +35,7 @@ OTHERWISE = {
     "html": "render_page(read_figures(output)) returns the page",
     "override": "overrides=, a sequence",
     "imatrix": "statistics=",
+    "image": "images= of requant.mlx_vlm.generate, a sequence",
     "no_resume": "resume=False",
     "upload_to": "requant.upload(output, repository)",
     "dry_run": "requant.plan(...)",

@@ -6,6 +6,7 @@ a package of its own.
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import is_gguf
 from requant.core.reasons import Note, NoteCode
 from requant.core.types import Source
-from requant.errors import OutputError, UsageError
+from requant.errors import CheckpointError, OutputError, UsageError
 from requant.execution.runner import options_for_retry, run_once
 from requant.execution.sink import NullSink
+from requant.libraries.load_check import LoadCheck, check_load
 from requant.output.folder import OutputFolder
 from requant.output.preflight import check_output
 from requant.output.staging import (
@@ -110,7 +112,8 @@ def convert(
         Treatment, sizes and errors of each layer.
 
     Raises:
-        CheckpointError: Every problem of the source; nothing was written.
+        CheckpointError: Every problem of the source; nothing was written. With ``verify_load``
+            also every problem of the output, which is complete and stays.
         OutputError: The output exists, is being written by another process, or cannot be
             written. Finished work is kept for the next call; a note of the error says where.
         UsageError: Options that contradict each other or match no layer.
@@ -162,7 +165,28 @@ def convert(
 
     if options.budget is not None:
         measurements_path(folder).unlink(missing_ok=True)
-    return Report.build(planned.plan, str(output), attempt.result, time.perf_counter() - began)
+    elapsed_s = time.perf_counter() - began
+    report = Report.build(planned.plan, str(output), attempt.result, elapsed_s)
+    if run.verify_load:
+        report = replace(report, load=_load_output(folder, planned.plan))
+    return report
+
+
+def _load_output(output: Path, plan: Plan) -> LoadCheck:
+    """Load a published output with its library.
+
+    Raises:
+        CheckpointError: It does not load, or gives values that are not finite.
+    """
+    check = check_load(output, plan.layout)
+    if not check.ok:
+        error = CheckpointError(str(output), check.problems, "loaded")
+        error.add_note(
+            f"{output} is complete and stays; requant verify {shlex.quote(str(output))} --load "
+            "repeats the check, and --force replaces the folder by another conversion"
+        )
+        raise error
+    return check
 
 
 def write_recipe(run: RunOptions, options: ConvertOptions) -> None:

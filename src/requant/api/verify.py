@@ -34,6 +34,7 @@ from requant.execution.executor import Progress, run_plan
 from requant.execution.resources import ResourceLimits, plan_resources
 from requant.execution.sink import TensorOffsets
 from requant.formats import read_layout
+from requant.libraries.load_check import LoadCheck, check_load
 from requant.output.record import encode_json, read_record, record_hash, version
 from requant.planning.plan import Plan
 from requant.planning.plan_source import PlanSource
@@ -54,6 +55,8 @@ class Verification:
         tensors: Number of tensors that were compared.
         nbytes: Their bytes.
         problems: Every difference, tensor by tensor.
+        load: Whether the output's library loads it and computes finite values; None if that was
+            not asked for.
     """
 
     output: str
@@ -61,15 +64,17 @@ class Verification:
     tensors: int
     nbytes: int
     problems: tuple[Problem, ...]
+    load: LoadCheck | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs."""
-        return not self.problems
+        """Whether nothing differs, and the output loads if that was asked for."""
+        return not self.problems and (self.load is None or self.load.ok)
 
     def to_dict(self) -> dict[str, Any]:
         """The verification as JSON data."""
-        return asdict(self) | {"ok": self.ok}
+        load = None if self.load is None else self.load.to_dict()
+        return asdict(self) | {"load": load, "ok": self.ok}
 
 
 @error_action("verified")
@@ -80,6 +85,7 @@ def verify(
     *,
     config_from: Source | None = None,
     statistics: Source | None = None,
+    load: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -95,6 +101,8 @@ def verify(
         output: The output, if ``folder`` is the source.
         config_from: As given to the conversion of a GGUF source.
         statistics: The statistics file or imatrix, as given to the conversion.
+        load: Also load the output with its MLX library, strictly and on the CPU, and run one short
+            forward pass. The folder then needs no record; the model must fit in memory.
         threads: Worker threads; every processor by default.
         max_memory: Most bytes to hold in memory while the conversion is repeated.
         progress: Called after each tensor whose hash is compared, then about ten times a second
@@ -112,6 +120,8 @@ def verify(
     """
     place = Path(folder if output is None else output)
     problems = _ProblemCollector()
+    if load and output is None and (place / CONFIG).is_file() and not (place / RECORD).exists():
+        return Verification(str(place), None, 0, 0, (), load=check_load(place))
     record = _read_record(place, problems, None if output is None else Path(folder))
     checkpoint = _read_output(place, problems)
     if checkpoint is not None:
@@ -134,6 +144,9 @@ def verify(
         len(tensors),
         sum(tensor.info.nbytes for tensor in tensors),
         problems.as_tuple(),
+        load=check_load(place, _recorded_layout(record))
+        if load and checkpoint is not None
+        else None,
     )
 
 
@@ -170,6 +183,12 @@ def _read_output(place: Path, problems: _ProblemCollector) -> Checkpoint | None:
         for problem in error.problems:
             problems.add(problem.where, problem.message)
         return None
+
+
+def _recorded_layout(record: Mapping[str, Any]) -> str:
+    options = record.get("options")
+    layout = options.get("layout") if isinstance(options, Mapping) else None
+    return layout if isinstance(layout, str) else ""
 
 
 def _hashes(record: Mapping[str, Any], key: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from requant.cli import options as arg
 from requant.cli.error_handling import handle_errors, print_json, print_stderr
@@ -111,6 +112,7 @@ def generate(
     source: arg.Source,
     prompt: arg.Prompt,
     *,
+    image: arg.Images = None,
     max_tokens: arg.MaxTokens = 100,
     raw: arg.Raw = False,
     options: TableOptions,
@@ -119,14 +121,15 @@ def generate(
 ) -> None:
     """Convert SOURCE in memory and continue a prompt with it.
 
-    Shows the quality of a conversion before or after it is written; needs mlx-lm. Options
-    and weights are those of convert. The most likely token is taken at each step, so the
-    same model gives the same text.
+    Shows the quality of a conversion before or after it is written; needs mlx-lm, and with
+    --image mlx-vlm. Options and weights are those of convert. The most likely token is taken
+    at each step, so the same model gives the same text.
 
     \b
     Examples:
       requant generate Llama-3.2-1B-4bit --prompt "What is a file?"
       requant generate Llama-3.2-1B --bits 4 --prompt "What is a file?" --max-tokens 50
+      requant generate Qwen2-VL-2B --bits 4 --image cat.png --prompt "What is this?"
     """  # noqa: D301
     from requant import mlx_lm
     from requant.cli import plan_tables, tables
@@ -135,12 +138,22 @@ def generate(
         print(escape_control_chars(text.expandtabs(4)), end="", flush=True)
 
     with handle_errors():
+        library: Any = mlx_lm
+        images: dict[str, list[Path]] = {}
+        if image:
+            library, images = _mlx_vlm(source), {"images": image}
+            library.check_images(image)
         with progress_display(quiet) as progress:
-            loaded = mlx_lm.load_with_report(source, **options, progress=progress)
+            loaded = library.load_with_report(source, **options, progress=progress)
         for warning in plan_tables.warnings(loaded.report):
             print_stderr(f"warning: {warning}")
-        generation = mlx_lm.generate(
-            loaded, prompt, max_tokens=max_tokens, raw=raw, on_text=None if json else show
+        generation = library.generate(
+            loaded,
+            prompt,
+            **images,
+            max_tokens=max_tokens,
+            raw=raw,
+            on_text=None if json else show,
         )
         if json:
             print_json(generation.to_dict())
@@ -198,6 +211,15 @@ def calibrate(
             print_json(calibration.to_dict())
         elif not quiet:
             tables.show_calibration(calibration)
+
+
+def _mlx_vlm(source: Path) -> Any:
+    """``requant.mlx_vlm``, if the library is installed."""
+    from requant import mlx_vlm
+    from requant.libraries.loading import check_installed
+
+    check_installed(source, "mlx-vlm")
+    return mlx_vlm
 
 
 def _show_plan(

@@ -11,6 +11,7 @@ from requant.cli.options import (
     AgainstSource,
     Html,
     Json,
+    Load,
     ModelA,
     ModelB,
     Quiet,
@@ -57,6 +58,7 @@ def verify(
     folder: Verified = None,
     output: AgainstSource = None,
     *,
+    load: Load = False,
     options: TableOptions,
     json: Json = False,
     quiet: Quiet = False,
@@ -66,12 +68,14 @@ def verify(
     With SOURCE and OUTPUT the conversion that requant.json records is repeated and compared
     with OUTPUT. With OUTPUT alone its tensors and files are compared with the hashes in
     requant.json, and index, config and layers with each other. Exits with 1 if anything
-    differs, and names the tensor.
+    differs, and names the tensor; with --load also if the MLX library that OUTPUT is for
+    does not load it, or a logit is NaN or infinite.
 
     \b
     Examples:
       requant verify Llama-3.2-1B Llama-3.2-1B-4bit
       requant verify Llama-3.2-1B-4bit
+      requant verify Llama-3.2-1B-4bit --load
     """  # noqa: D301
     from requant.api import verify as verification
     from requant.cli import tables
@@ -81,13 +85,13 @@ def verify(
             raise UsageError(
                 "give the OUTPUT to check, or SOURCE and OUTPUT: requant verify --help"
             )
-        result = verification.verify(folder, output, **options, progress=progress)
+        result = verification.verify(folder, output, load=load, **options, progress=progress)
     with handle_errors():
         if json:
             print_json(result.to_dict())
-        elif not quiet or result.problems:
+        elif not quiet or not result.ok:
             tables.show_verification(result)
-    if result.problems:
+    if not result.ok:
         raise typer.Exit(EXIT_FAULT)
 
 

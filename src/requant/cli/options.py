@@ -152,6 +152,10 @@ _BRANCH = "Upload to this branch, created from main if it does not exist."
 _PULL_REQUEST = "Open a pull request with the upload instead of a commit to main."
 _DRY_RUN = "Check everything, print the plan, write nothing."
 _HESSIAN = "Collect what --gptq needs: 4 bytes x inputs^2 a layer."
+_LOAD = (
+    "Also load OUTPUT with its MLX library, strictly and on the CPU, and run a short forward pass; "
+    "needs no requant.json."
+)
 
 Source = Annotated[Path, _argument("SOURCE", _SOURCE)]
 Output = Annotated[Path, _argument("OUTPUT", "Folder to write; appears when complete.")]
@@ -180,9 +184,14 @@ ReplaceCard = Annotated[
 BaseModel = Annotated[
     str | None, _value("--base-model", "ID", "Source on the hub, for the model card.")
 ]
+Load = Annotated[bool, typer.Option("--load", help=_LOAD)]
 Html = Annotated[Path | None, _value("--html", "FILE", "Write one self-contained page.")]
 Prompt = Annotated[
     str, _value("--prompt", "TEXT", "The prompt; in the chat template, if any.", short="-p")
+]
+Images = Annotated[
+    list[Path] | None,
+    _value("--image", "FILE", "Image that the prompt is about; may be given again."),
 ]
 MaxTokens = Annotated[int, _value("--max-tokens", "N", "Most tokens to generate.", min=1)]
 StatisticsFile = Annotated[

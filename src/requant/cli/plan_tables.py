@@ -15,6 +15,7 @@ from requant.text import format_seconds, format_size, join_first, pluralize
 
 if TYPE_CHECKING:
     from requant.execution.resources import ResourceLimits
+    from requant.libraries.load_check import LoadCheck
     from requant.planning.plan import LayerPlan, Plan
     from requant.reports.report import LayerError, LayerGroup, Report
 
@@ -64,8 +65,18 @@ def show_report(report: Report) -> None:
     nbytes = report.bytes_downloaded
     downloaded = f", {format_size(nbytes)} downloaded" if nbytes else ""
     page.line(f"{_sizes(plan)}, {format_seconds(report.elapsed_s)}, {rate}/s{downloaded}")
+    if report.load is not None:
+        page.line(describe_load(report.load))
     if command := command_of(plan, report.output):
         page.line(f"next: {command}")
+
+
+def describe_load(load: LoadCheck) -> str:
+    """A check of loading without problems, in one line."""
+    loaded = f"loads in {load.library} {load.version}"
+    if not load.ran:
+        return f"{loaded}; no forward pass was run"
+    return f"{loaded}; {'; '.join(load.ran)}: all {load.logits:,} logits finite"
 
 
 def _title(plan: Plan) -> str:

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from requant.cli.plan_tables import show_groups
+from requant.cli.plan_tables import describe_load, show_groups
 from requant.cli.table_printer import TablePrinter, without_numbers
-from requant.errors import MAX_PROBLEMS_SHOWN
+from requant.errors import MAX_PROBLEMS_SHOWN, Problem
 from requant.text import format_percent, format_seconds, format_size, join_first, pluralize
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from requant.api.upload import Upload
     from requant.api.verify import Verification
     from requant.calibration.block_run import Calibration
+    from requant.libraries.load_check import LoadCheck
     from requant.mlx_lm import Generation
     from requant.mlx_lm.evaluation import Estimate, Evaluation
     from requant.quantization.recipes import Recipe
@@ -43,20 +44,38 @@ def show_recipes(recipes: Sequence[Recipe]) -> None:
 def show_verification(verification: Verification) -> None:
     """Print the problems of a verification, or that there are none."""
     page = TablePrinter()
-    compared = f"{pluralize(verification.tensors, 'tensor')}, {format_size(verification.nbytes)}"
     if verification.problems:
-        page.line(
-            f"{verification.output}: {pluralize(len(verification.problems), 'problem')}", "bold red"
+        _show_problems(page, verification.output, verification.problems)
+    elif verification.tensors:
+        compared = (
+            f"{pluralize(verification.tensors, 'tensor')}, {format_size(verification.nbytes)}"
         )
-        for problem in verification.problems[:MAX_PROBLEMS_SHOWN]:
-            page.line(f"  {problem}")
-        return
-    against = (
-        f"equal to a conversion of {verification.source}"
-        if verification.source
-        else "as requant.json says"
-    )
-    page.line(f"{verification.output}: {compared}, {against}", "bold")
+        against = (
+            f"equal to a conversion of {verification.source}"
+            if verification.source
+            else "as requant.json says"
+        )
+        page.line(f"{verification.output}: {compared}, {against}", "bold")
+    else:
+        page.line(f"{verification.output}: no requant.json, so nothing was compared")
+    if verification.load is not None:
+        show_load(page, verification.output, verification.load)
+
+
+def show_load(page: TablePrinter, output: str, load: LoadCheck) -> None:
+    """Print whether a library loads an output, and what was run."""
+    if load.problems:
+        _show_problems(page, f"{output}, loaded", load.problems)
+    else:
+        page.line(f"{output}: {describe_load(load)}", "bold")
+    for text in load.not_run:
+        page.line(f"  not run: {text}", "yellow")
+
+
+def _show_problems(page: TablePrinter, output: str, problems: Sequence[Problem]) -> None:
+    page.line(f"{output}: {pluralize(len(problems), 'problem')}", "bold red")
+    for problem in problems[:MAX_PROBLEMS_SHOWN]:
+        page.line(f"  {problem}")
 
 
 def show_calibration(calibration: Calibration) -> None:

@@ -114,6 +114,10 @@ class _OfConvert(TypedDict, total=False):
     """Must be true with ``consume_source``, but for the hub: nothing can be verified against the
     source afterwards.
     """
+    verify_load: bool
+    """Load the finished output as ``verify(output, load=True)`` does; an output that does not
+    load or gives values that are not finite is an error, and stays.
+    """
 
 
 class _OfConvertLoad(TypedDict, total=False):

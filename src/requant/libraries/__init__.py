@@ -1,4 +1,4 @@
-"""The MLX libraries: what each can load, and how it converts and runs a model."""
+"""The MLX libraries: what each can load, how it converts, and how it runs a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ __all__ = [
     "Library",
     "Request",
     "UnknownModelError",
-    "libraries_for",
 ]
 
 LIBRARIES = {x.name: x for x in (MLX_LM, MLX_VLM, MLX_AUDIO, MLX_EMBEDDINGS)}

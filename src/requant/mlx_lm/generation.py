@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,27 @@ def generate(
     from mlx_lm import stream_generate
 
     tokens = _tokens(loaded.tokenizer, prompt, raw)
+    responses = stream_generate(loaded.model, loaded.tokenizer, tokens, max_tokens=max_tokens)
+    return collect_text(responses, loaded, on_text)
+
+
+def collect_text(
+    responses: Iterable[Any], loaded: Any, on_text: Callable[[str], None] | None
+) -> Generation:
+    """Join the pieces of text that a library's ``stream_generate`` yields.
+
+    Args:
+        responses: What it yields.
+        loaded: The model, with ``load_s`` and ``report``.
+        on_text: Called with each piece.
+
+    Raises:
+        BackendError: MLX cannot run the model on this machine.
+    """
     pieces: list[str] = []
     last: Any = None
     try:
-        for last in stream_generate(loaded.model, loaded.tokenizer, tokens, max_tokens=max_tokens):
+        for last in responses:
             pieces.append(last.text)
             if on_text is not None:
                 on_text(last.text)

@@ -103,9 +103,10 @@ def load_with_report(
 ) -> Loaded:
     """As ``load``, and return the report of the conversion too."""
     began = time.perf_counter()
-    weights, report, planned = _convert(source, quantization, **arguments)
+    check_installed(Path(source))
+    weights, report, planned = convert_in_memory(source, quantization, "mlx-lm", **arguments)
     _check_tokenizer(source, report.plan)
-    with _as_checkpoint_error(source, "mlx-lm, building the model"):
+    with as_checkpoint_error(source, "mlx-lm, building the model"):
         model, config = _build(report.plan.config, weights)
     tokenizer = load_tokenizer(source, planned, tokenizer_config, config.get("eos_token_id"))
     return Loaded(model, tokenizer, report, time.perf_counter() - began)
@@ -123,13 +124,13 @@ def load_tokenizer(
         CheckpointError: The source has none, or its library rejects it.
     """
     _check_tokenizer(source, planned.plan)
-    with _as_checkpoint_error(source, "tokenizer"), _tokenizer_folder(planned) as folder:
+    with as_checkpoint_error(source, "tokenizer"), source_files(planned) as folder:
         return _utils().load_tokenizer(folder, tokenizer_config, eos_token_ids=eos_token_ids)
 
 
 def build_empty_model(plan: Plan) -> Any:
     """mlx-lm's model for a dense plan, whose weights are never evaluated."""
-    with _as_checkpoint_error(plan.source, "mlx-lm, building the model"):
+    with as_checkpoint_error(plan.source, "mlx-lm, building the model"):
         config = dict(plan.config)
         model_class, args_class = _utils()._get_classes(config)
         model = model_class(args_class.from_dict(config))
@@ -156,17 +157,20 @@ def load_weights(
         The weights by name, and the report of the conversion; its plan holds the
         ``config.json`` that belongs to them.
     """
-    weights, report, _ = _convert(source, quantization, **arguments)
+    check_installed(Path(source))
+    weights, report, _ = convert_in_memory(source, quantization, "mlx-lm", **arguments)
     return weights, report
 
 
-def _convert(
-    source: Source, quantization: Quantization | None, **arguments: Unpack[LoadKeywords]
+def convert_in_memory(
+    source: Source,
+    quantization: Quantization | None,
+    layout: str,
+    **arguments: Unpack[LoadKeywords],
 ) -> tuple[dict[str, mx.array], Report, Planned]:
     """Convert in memory; return the weights, the report, and the plan with its source."""
     began = time.perf_counter()
-    options, run = read_arguments("load", quantization, arguments, layout="mlx-lm")
-    check_installed(Path(source))
+    options, run = read_arguments("load", quantization, arguments, layout=layout)
     opened = open_source(source, find_repository(source, run.revision), options.config_from)
     options = allocate_bits(opened, options, run)
     while True:
@@ -218,8 +222,8 @@ class ArraySink:
 
 
 @contextmanager
-def _tokenizer_folder(planned: Planned) -> Iterator[Path]:
-    """Yield the folder with the tokenizer's files; those of a GGUF file are generated."""
+def source_files(planned: Planned) -> Iterator[Path]:
+    """Yield the folder with the source's other files; those of a GGUF file are generated."""
     plan, checkpoint = planned.plan, planned.source.checkpoint
     if checkpoint.gguf is None:
         yield checkpoint.path
@@ -243,7 +247,7 @@ def _utils() -> Any:  # mlx-lm is only partly typed
 
 
 @contextmanager
-def _as_checkpoint_error(source: Source, where: str) -> Iterator[None]:
+def as_checkpoint_error(source: Source, where: str) -> Iterator[None]:
     """Raise errors of mlx-lm or of the tokenizer's library as errors of the source."""
     try:
         yield

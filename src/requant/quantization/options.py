@@ -307,6 +307,14 @@ class RunOptions:
         help="Confirm deletion of the source weights.",
         functions=("convert",),
     )
+    verify_load: bool = option(
+        types.FLAG,
+        doc="Load the finished output as ``verify(output, load=True)`` does; an output that does "
+        "not load or gives values that are not finite is an error, and stays.",
+        help="Load the finished OUTPUT with its MLX library, as `requant verify OUTPUT --load`; "
+        "an OUTPUT that does not load is an error, and stays.",
+        functions=("convert",),
+    )
     allow_nonfinite: bool = option(
         types.FLAG,
         doc="Leave a layer with NaN or Inf as it is instead of stopping.",

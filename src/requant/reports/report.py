@@ -12,6 +12,7 @@ from math import prod, sqrt
 from typing import Any, NamedTuple
 
 from requant.execution.layer_stats import RunResult
+from requant.libraries.load_check import LoadCheck
 from requant.packings.base import Exactness
 from requant.planning.plan import LayerPlan, Plan, Treatment
 
@@ -79,6 +80,7 @@ class Report:
         findings: Layer to the counts of damaged, non-finite, overflowed or flushed values, if any.
         errors: Layer to its quantization error, for each that was re-encoded.
         bytes_downloaded: Downloaded bytes of weight files of a source on the hub.
+        load: How the output's library loads it; None without ``verify_load``.
     """
 
     plan: Plan
@@ -87,6 +89,7 @@ class Report:
     findings: Mapping[str, Mapping[str, int]]
     errors: Mapping[str, LayerError]
     bytes_downloaded: int = 0
+    load: LoadCheck | None = None
 
     @staticmethod
     def build(plan: Plan, output: str, outcome: RunResult, elapsed_s: float) -> Report:
@@ -136,6 +139,7 @@ class Report:
             "left_out": [list(pair) for pair in plan.left_out],
             "dropped": [list(pair) for pair in plan.dropped],
             "notes": [note.text for note in plan.notes],
+            "load": None if self.load is None else self.load.to_dict(),
         }
 
     def _layer_dict(self, layer: LayerPlan) -> dict[str, Any]:

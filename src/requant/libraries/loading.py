@@ -1,0 +1,375 @@
+"""Load a folder with an MLX library's own loader: strictly, and without code of the checkpoint.
+
+The loader runs whole, but ``nn.Module.load_weights`` is watched: whatever the library itself checks
+(mlx-audio loads some classes without, and leaves random values), each parameter of the class must
+get a tensor of its shape, and each tensor a parameter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from requant.checkpoints.folder_files import CONFIG
+from requant.checkpoints.safetensors_folder import read_json
+from requant.core.types import Source
+from requant.errors import CheckpointError, Problem
+from requant.text import format_value, join_first, one_line
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+Module = Any  # MLX ships no types for its Python part
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """How one library finds a class and loads a folder.
+
+    Attributes:
+        package: The package to import.
+        extra: What ``pip install 'requant[extra]'`` installs it with.
+        find_class: Raises an exception if the library has no class for a config.
+        load: Loads the model of a folder.
+    """
+
+    package: str
+    extra: str
+    find_class: Callable[[Any, dict[str, Any], Path], object]
+    load: Callable[[Any, Path], Module]
+
+
+def _find_audio_class(utils: Any, config: dict[str, Any], folder: Path) -> None:
+    """Find the class as mlx-audio does: from the config's keys, then from the folder's name."""
+    model_type = config.get("model_type") or config.get("architecture")
+    if model_type is None:
+        model_type = utils._get_sts_utils().infer_model_type_from_config(config)
+    if utils.get_model_category(model_type, utils.get_model_name_parts(folder)) is None:
+        raise ValueError(f"model type {format_value(model_type)} not supported")
+
+
+def _load_audio(utils: Any, folder: Path) -> Module:
+    """Load with mlx-audio, but for what it does after the weights.
+
+    Its classes load tokenizers there with ``trust_remote_code``.
+    """
+    find = utils.get_model_class
+
+    def without_hook(**arguments: Any) -> Any:
+        package, model_type = find(**arguments)
+        hooks.enter_context(
+            _replaced(package.Model, "post_load_hook", staticmethod(lambda model, _: model))
+        )
+        return package, model_type
+
+    with contextlib.ExitStack() as hooks, _replaced(utils, "get_model_class", without_hook):
+        return utils.load_model(folder)
+
+
+LOADERS: Mapping[str, Loader] = {
+    "mlx-lm": Loader(
+        "mlx_lm",
+        "mlx",
+        lambda utils, config, _: utils._get_classes(config),
+        lambda utils, folder: utils.load_model(folder)[0],
+    ),
+    "mlx-vlm": Loader(
+        "mlx_vlm",
+        "vlm",
+        lambda utils, config, _: utils.get_model_and_args(config),
+        lambda utils, folder: utils.load_model(folder),
+    ),
+    "mlx-audio": Loader("mlx_audio", "audio", _find_audio_class, _load_audio),
+    "mlx-embeddings": Loader(
+        "mlx_embeddings",
+        "embeddings",
+        lambda utils, config, _: utils._get_classes(config),
+        lambda utils, folder: utils.load_model(folder, path_to_repo=str(folder)),
+    ),
+}
+
+
+def library_version(library: str) -> str:
+    """The version of a library; "" if it is not installed."""
+    return version(library) if _is_installed(library) else ""
+
+
+def find_library(folder: Path) -> str:
+    """Return the first library with a class for a folder that does not say for which it is.
+
+    A model with vision or audio goes to mlx-vlm or mlx-audio where these have the class.
+
+    Raises:
+        CheckpointError: None of the installed libraries has one.
+    """
+    config = _config(folder)
+    order: Iterable[str] = ("mlx-lm", "mlx-vlm", "mlx-embeddings", "mlx-audio")
+    if config.get("vision_config") or config.get("audio_config"):
+        order = ("mlx-vlm", "mlx-audio", "mlx-lm", "mlx-embeddings")
+    missing = []
+    for library in order:
+        if _is_installed(library):
+            with contextlib.suppress(CheckpointError), quiet():
+                _find_class(folder, library, config)
+                return library
+        else:
+            missing.append(f"{library} (requant[{LOADERS[library].extra}])")
+    why = f"no installed library has a class for model_type {format_value(config['model_type'])}"
+    if missing:
+        why += f"; not installed: {join_first(missing, len(missing))}"
+    raise CheckpointError(str(folder), [Problem(CONFIG, why)], "loaded")
+
+
+def check_installed(source: Source, library: str) -> None:
+    """Check that a library is installed.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if not _is_installed(library):
+        why = f"is not installed (pip install 'requant[{LOADERS[library].extra}]')"
+        raise CheckpointError(str(source), [Problem(library, why)], "loaded")
+
+
+def load(
+    folder: Path,
+    library: str,
+    weights: Mapping[str, mx.array] | None = None,
+    *,
+    on_cpu: bool = False,
+) -> tuple[Module, dict[str, Any]]:
+    """Build a library's class for a folder and load its weights.
+
+    The processor and the tokenizer are not loaded, and nothing is downloaded.
+
+    Args:
+        folder: A folder with ``config.json`` and weight files.
+        library: A name in ``LOADERS``.
+        weights: Taken instead of the content of the weight files.
+        on_cpu: Load on the CPU instead of MLX's default device.
+
+    Returns:
+        The model, its parameters evaluated, and the config.
+
+    Raises:
+        CheckpointError: The library is not installed or has no class for the model; its loader
+            fails; parameters get no tensor or one of another shape, or tensors are not used.
+    """
+    config = _config(folder)
+    check_installed(folder, library)
+    with _lock, quiet():
+        utils = _find_class(folder, library, config)  # imports: streams are of the default device
+        device = cpu() if on_cpu else contextlib.nullcontext()
+        with (
+            device,
+            _offline(),
+            without_checkpoint_code(),
+            _weights_from_memory(weights),
+            _watched() as watched,
+        ):
+            try:
+                model = LOADERS[library].load(utils, folder)
+            except (Exception, SystemExit) as error:
+                raise _error(folder, library, one_line(error)) from error
+    problems = watched.problems(model, library)
+    if problems:
+        raise CheckpointError(str(folder), problems, "loaded")
+    return model, config
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder, CONFIG)
+    if "model_file" in config:
+        why = "names code of its own (model_file), which is not run"
+        raise CheckpointError(str(folder), [Problem(CONFIG, why)], "loaded")
+    return {"model_type": None, **config}
+
+
+def _is_installed(library: str) -> bool:
+    return bool(find_spec("mlx") and find_spec(LOADERS[library].package))
+
+
+def _find_class(folder: Path, library: str, config: Mapping[str, Any]) -> Any:
+    """Import a library and let it find its class; return its ``utils``."""
+    loader = LOADERS[library]
+    try:
+        utils = import_module(f"{loader.package}.utils")
+    except ImportError as error:
+        raise _error(folder, library, f"cannot be imported ({one_line(error)})") from error
+    try:
+        loader.find_class(utils, dict(config), folder)
+    except (Exception, SystemExit) as error:
+        model_type = format_value(config["model_type"])
+        why = f"has no class for model_type {model_type} that works here ({one_line(error)})"
+        raise _error(folder, library, why) from error
+    return utils
+
+
+def _error(folder: Path, library: str, why: str) -> CheckpointError:
+    return CheckpointError(str(folder), [Problem(library, why)], "loaded")
+
+
+# -- watching the loader -----------------------------------------------------------------------
+
+
+@dataclass
+class _Watched:
+    """The calls of ``load_weights``: each module with its parameters before, and the tensors."""
+
+    calls: list[tuple[Module, Shapes, Shapes]] = field(default_factory=list)
+
+    def problems(self, model: Module, library: str) -> list[Problem]:
+        """What is wrong with names and shapes in the calls for modules of a model."""
+        path_of = {id(module): path for path, module in model.named_modules()}
+        expected = _shapes(_flatten(model))
+        given: Shapes = {}
+        for module, before, tensors in self.calls:
+            path = path_of.get(id(module))
+            if path is not None:
+                prefix = f"{path}." if path else ""
+                expected |= {prefix + name: shape for name, shape in before.items()}
+                given |= {prefix + name: shape for name, shape in tensors.items()}
+        found = []
+        for name, shape in expected.items():
+            if name not in given:
+                found.append(Problem(name, f"{library} finds no tensor for it {list(shape)}"))
+            elif given[name] != shape:
+                found.append(
+                    Problem(name, f"shape {list(given[name])}, {library} expects {list(shape)}")
+                )
+        unused = (name for name in given if name not in expected)
+        return found + [Problem(name, f"{library}'s class does not use it") for name in unused]
+
+
+@contextmanager
+def _watched() -> Iterator[_Watched]:
+    """Record the calls of ``nn.Module.load_weights``, which check nothing meanwhile."""
+    import mlx.core as mx
+    import mlx.nn
+
+    watched = _Watched()
+    base: Any = vars(mlx.nn)["Module"]
+    original = base.load_weights
+    read: Any = mx.load
+
+    def load_weights(module: Module, weights: Any, strict: bool = True) -> Module:
+        pairs = list(read(weights).items()) if isinstance(weights, str) else list(weights)
+        watched.calls.append((module, _shapes(_flatten(module)), _shapes(pairs)))
+        return original(module, pairs, strict=False)
+
+    with _replaced(base, "load_weights", load_weights):
+        yield watched
+
+
+@contextmanager
+def _weights_from_memory(weights: Mapping[str, mx.array] | None) -> Iterator[None]:
+    """Let ``mx.load`` return arrays in memory, if there are any."""
+    import mlx.core as mx
+
+    if weights is None:
+        yield
+        return
+    with _replaced(mx, "load", lambda *_, **__: dict(weights)):
+        yield
+
+
+def _flatten(module: Module) -> list[tuple[str, mx.array]]:
+    from mlx.utils import tree_flatten
+
+    return list(dict(tree_flatten(module.parameters())).items())
+
+
+def _shapes(pairs: Sequence[tuple[str, mx.array]]) -> Shapes:
+    return {name: tuple(array.shape) for name, array in pairs}
+
+
+# -- the library's surroundings ----------------------------------------------------------------
+
+_lock = threading.RLock()  # held while functions of MLX and of the libraries are replaced
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute of a module or a class; one that it lacks is not added."""
+    if not hasattr(owner, name):
+        yield
+        return
+    own = vars(owner).get(name)  # None: inherited
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+@contextmanager
+def cpu() -> Iterator[None]:
+    """Run MLX on the CPU, with the kernels that classes choose for it.
+
+    Nothing is compiled, which takes a C++ compiler and seconds; and ``mx.gather_mm``, which takes
+    float32 alone on the CPU, computes in it.
+    """
+    import mlx.core as mx
+
+    gather = mx.gather_mm
+
+    def gather_mm(a: mx.array, b: mx.array, *indices: Any, **options: Any) -> mx.array:
+        product = gather(a.astype(mx.float32), b.astype(mx.float32), *indices, **options)
+        return product.astype(a.dtype)
+
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    mx.disable_compile()
+    try:
+        with _lock, mx.stream(mx.cpu), _replaced(mx, "gather_mm", gather_mm):
+            yield
+    finally:
+        mx.enable_compile()
+        mx.set_default_device(device)
+
+
+@contextmanager
+def without_checkpoint_code() -> Iterator[None]:
+    """Let transformers reject Python files of a checkpoint, whatever a class asks of it."""
+    from transformers import dynamic_module_utils
+
+    def get_class_in_module(name: str, *_: Any, **__: Any) -> None:
+        raise ValueError(f"{name} is code of the checkpoint, which is not run")
+
+    with _lock, _replaced(dynamic_module_utils, "get_class_in_module", get_class_in_module):
+        yield
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let whatever would be downloaded fail."""
+    from huggingface_hub import constants
+
+    with _replaced(constants, "HF_HUB_OFFLINE", True):
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Discard what the libraries print, log and warn of."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
