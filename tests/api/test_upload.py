@@ -24,6 +24,8 @@ from requant.errors import CheckpointError, HubError, UsageError
 from tests.support.checkpoints import tree
 from tests.support.commands import Result
 from tests.support.hub_server import Hub, serving
+from tests.support.interruptions import Stop, stop_after
+from tests.support.number_formats import bf16
 
 # huggingface_hub's own use of its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -265,6 +267,19 @@ def test_a_conversion_names_its_repository_before_any_work(
     done = requant_command(*words, "--upload", "me/", "--pull-request")
     assert done.code == 0 and hub.targets["me/micro-mxfp4"] == ("main", True)
     assert f"uploaded: {hub.url}/me/micro-mxfp4/discussions/1" in done.err
+
+
+def test_a_conversion_that_deletes_its_source_is_named_when_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[..., Path]
+) -> None:
+    source = checkpoint({f"l{n}.weight": bf16(64, 128, seed=n) for n in range(8)}, shards=4)
+    options = {"bits": 6, "layout": "keep", "consume_source": True, "yes": True}
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        stop_after(patched, 75)
+        requant.convert(source, tmp_path / "out", chunk_bytes=1 << 14, threads=1, **options)
+    assert 0 < len(list(source.glob("*.safetensors"))) < 4
+    name = publishing.planned_name("me/", source, tmp_path / "out", **options)
+    assert name == f"me/{source.name}-6bit"
 
 
 def test_a_conversion_whose_upload_fails_says_how_to_upload(

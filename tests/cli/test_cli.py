@@ -58,6 +58,7 @@ def test_plan_takes_every_option_of_convert(requant: Requant) -> None:
     assert options[0] - options[1] == {
         "--allow-nonfinite",
         "--allow-overflow",
+        "--branch",
         "--consume-source",
         "--no-resume",
         "--branch",

@@ -47,7 +47,7 @@ def convert(
       requant convert Llama-3-8B-AWQ out
       requant convert Llama-3.2-1B-Q4_K_M.gguf out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
-      requant convert Qwen/Qwen3-8B out --bits 4 --upload mlx-community/
+      requant convert Llama-3.2-1B out --bits 4 --upload mlx-community/ --dry-run
 
     SOURCE may be a repository on the hub; it is downloaded once its headers hold no problem.
     Stopped (Ctrl-C, kill, a full disk), the same command resumes where it was.
