@@ -61,7 +61,6 @@ def test_plan_takes_every_option_of_convert(requant: Requant) -> None:
         "--branch",
         "--consume-source",
         "--no-resume",
-        "--branch",
         "--private",
         "--pull-request",
         "--upload",

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from requant.checkpoints.folder_files import CONFIG
 from requant.checkpoints.safetensors_folder import read_json
 from requant.core.types import Source
 from requant.errors import CheckpointError, Problem
+from requant.libraries import LIBRARIES
 from requant.text import format_value, join_first, one_line
 
 if TYPE_CHECKING:
@@ -38,14 +38,10 @@ class Loader:
     """How one library finds a class and loads a folder.
 
     Attributes:
-        package: The package to import.
-        extra: What ``pip install 'requant[extra]'`` installs it with.
         find_class: Raises an exception if the library has no class for a config.
         load: Loads the model of a folder.
     """
 
-    package: str
-    extra: str
     find_class: Callable[[Any, dict[str, Any], Path], object]
     load: Callable[[Any, Path], Module]
 
@@ -79,21 +75,15 @@ def _load_audio(utils: Any, folder: Path) -> Module:
 
 LOADERS: Mapping[str, Loader] = {
     "mlx-lm": Loader(
-        "mlx_lm",
-        "mlx",
         lambda utils, config, _: utils._get_classes(config),
         lambda utils, folder: utils.load_model(folder)[0],
     ),
     "mlx-vlm": Loader(
-        "mlx_vlm",
-        "vlm",
         lambda utils, config, _: utils.get_model_and_args(config),
         lambda utils, folder: utils.load_model(folder),
     ),
-    "mlx-audio": Loader("mlx_audio", "audio", _find_audio_class, _load_audio),
+    "mlx-audio": Loader(_find_audio_class, _load_audio),
     "mlx-embeddings": Loader(
-        "mlx_embeddings",
-        "embeddings",
         lambda utils, config, _: utils._get_classes(config),
         lambda utils, folder: utils.load_model(folder, path_to_repo=str(folder)),
     ),
@@ -124,7 +114,7 @@ def find_library(folder: Path) -> str:
                 _find_class(folder, library, config)
                 return library
         else:
-            missing.append(f"{library} (requant[{LOADERS[library].extra}])")
+            missing.append(f"{library} (requant[{LIBRARIES[library].extra}])")
     why = f"no installed library has a class for model_type {format_value(config['model_type'])}"
     if missing:
         why += f"; not installed: {join_first(missing, len(missing))}"
@@ -138,7 +128,7 @@ def check_installed(source: Source, library: str) -> None:
         CheckpointError: It is not.
     """
     if not _is_installed(library):
-        why = f"is not installed (pip install 'requant[{LOADERS[library].extra}]')"
+        why = f"is not installed (pip install 'requant[{LIBRARIES[library].extra}]')"
         raise CheckpointError(str(source), [Problem(library, why)], "loaded")
 
 
@@ -197,14 +187,14 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _is_installed(library: str) -> bool:
-    return bool(find_spec("mlx") and find_spec(LOADERS[library].package))
+    return LIBRARIES[library].folder is not None
 
 
 def _find_class(folder: Path, library: str, config: Mapping[str, Any]) -> Any:
     """Import a library and let it find its class; return its ``utils``."""
     loader = LOADERS[library]
     try:
-        utils = import_module(f"{loader.package}.utils")
+        utils = import_module(f"{LIBRARIES[library].package}.utils")
     except ImportError as error:
         raise _error(folder, library, f"cannot be imported ({one_line(error)})") from error
     try:
