@@ -68,7 +68,7 @@ def test_a_source_that_mlx_vlm_does_not_take(source: Path) -> None:
     del weights["vision_tower.blocks.0.norm1.weight"]
     mx.save_safetensors(str(source / "model.safetensors"), weights)
     with pytest.raises(
-        CheckpointError, match=r"without a tensor of the source: .*norm1\.weight"
+        CheckpointError, match=r"without a tensor.*norm1\.weight"
     ) as caught:
         requant.mlx_vlm.load(source, bits=4)
     assert caught.value.source == str(source)
