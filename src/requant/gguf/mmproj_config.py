@@ -178,7 +178,9 @@ def _tanh(settings: VisionSettings) -> str:
 def _gemma_3(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
     vision = _tower(settings, "siglip_vision_model", _tanh(settings))
     side = settings.patches // (settings.find_int("projector.scale_factor") or 4)
-    return {**vision, "vision_use_head": False}, {"mm_tokens_per_image": side * side}
+    tokens = {"mm_tokens_per_image": side * side}
+    text |= tokens  # mlx-vlm's class reads it there
+    return {**vision, "vision_use_head": False}, tokens
 
 
 def _idefics_3(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
@@ -189,23 +191,45 @@ def _idefics_3(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
 def _internvl(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
     vision = _tower(settings, "internvl_vision", settings.activation)
     size, patch = vision["image_size"], vision["patch_size"]
-    is_rms = not settings.has("v.blk.0.ln1.bias")
     vision |= {
         "image_size": [size, size],
         "patch_size": [patch, patch],
         "attention_bias": settings.has("v.blk.0.attn_q.bias"),
         "use_qk_norm": settings.has("v.blk.0.attn_q_norm.weight"),
-        "norm_type": "rms_norm" if is_rms else "layer_norm",
+        "norm_type": _norm_type(settings),
         "use_absolute_position_embeddings": settings.has("v.position_embd.weight"),
         "use_mask_token": False,
     }
     scale = settings.need_int("projector.scale_factor")
-    tokens = (settings.patches // scale) ** 2
-    own = {"downsample_ratio": 1 / scale, "image_seq_length": tokens, "vision_feature_layer": -1}
-    return vision, own | {
+    return vision, {
+        "downsample_ratio": 1 / scale,
+        "image_seq_length": (settings.patches // scale) ** 2,
+        "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu",
     }
+
+
+def _internvl_chat(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
+    vision = _tower(settings, "intern_vit_6b", settings.activation)
+    vision |= {
+        "qkv_bias": settings.has("v.blk.0.attn_q.bias"),
+        "qk_normalization": settings.has("v.blk.0.attn_q_norm.weight"),
+        "norm_type": _norm_type(settings),
+    }
+    own = {
+        "downsample_ratio": 1 / settings.need_int("projector.scale_factor"),
+        "select_layer": -1,
+        "ps_version": "v2",
+    }
+    for key in ("min", "max"):
+        if tiles := settings.find_int(f"preproc_{key}_tiles"):
+            own[f"{key}_dynamic_patch"] = tiles
+    return vision, own
+
+
+def _norm_type(settings: VisionSettings) -> str:
+    return "layer_norm" if settings.has("v.blk.0.ln1.bias") else "rms_norm"
 
 
 def _llava(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
@@ -341,6 +365,7 @@ _CONFIGURE: Mapping[str, Callable[[VisionSettings, dict[str, Any]], _Parts]] = {
     "gemma3": _gemma_3,
     "idefics3": _idefics_3,
     "internvl": _internvl,
+    "internvl_chat": _internvl_chat,
     **dict.fromkeys(("llava", "llava_next"), _llava),
     **dict.fromkeys(("pixtral", "mistral3"), _pixtral),
     "qwen2_vl": _qwen_2,

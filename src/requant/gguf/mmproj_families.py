@@ -267,7 +267,7 @@ _MISTRAL_3 = replace(
 _INTERNVL = VisionFamily(
     model_type="internvl",
     cls="InternVLForConditionalGeneration",
-    texts=("llama", "qwen2", "qwen3", "qwen3moe"),
+    texts=("llama", "qwen3", "qwen3moe"),
     block="vision_tower.encoder.layer",
     blocks=_INTERNVL_BLOCK,
     tops={
@@ -284,10 +284,36 @@ _INTERNVL = VisionFamily(
     },
     tokens={"image_token_id": "<IMG_CONTEXT>"},
 )
+_INTERNVL_CHAT = VisionFamily(  # by the authors; MLX-VLM's class of the other takes no Qwen 2
+    model_type="internvl_chat",
+    cls="InternVLChatModel",
+    texts=("qwen2",),
+    block="vision_model.encoder.layers",
+    blocks={
+        **_QWEN_BLOCK,
+        "attn_q_norm": "attn.q_norm",
+        "attn_k_norm": "attn.k_norm",
+        "ffn_up": "mlp.fc1",
+        "ffn_down": "mlp.fc2",
+        "ls1.weight": "ls1",
+        "ls2.weight": "ls2",
+    },
+    tops={
+        "v.class_embd": "vision_model.embeddings.class_embedding",
+        "v.patch_embd": "vision_model.embeddings.patch_embedding",
+        "v.position_embd.weight": "vision_model.embeddings.position_embedding",
+        **{f"mm.model.mlp.{number}": f"mlp1.{number}" for number in (0, 1, 3)},
+    },
+    ranks={
+        "vision_model.embeddings.class_embedding": 3,
+        "vision_model.embeddings.position_embedding": 3,
+    },
+    tokens={"image_token_index": "<IMG_CONTEXT>"},
+)
 _FAMILIES: Mapping[str, tuple[VisionFamily, ...]] = {
     "gemma3": (_GEMMA_3,),
     "idefics3": (_IDEFICS_3,),
-    "internvl": (_INTERNVL,),
+    "internvl": (_INTERNVL, _INTERNVL_CHAT),
     "mlp": (_LLAVA, _LLAVA_NEXT),
     "pixtral": (_PIXTRAL, _MISTRAL_3),
     "qwen2vl_merger": (_QWEN_2,),

@@ -151,7 +151,8 @@ def _internvl_processor(
         "max_patches": settings.find_int("preproc_max_tiles") or 12,
         "resample": _BICUBIC,
     }
-    tokens = {"image_seq_length": config["image_seq_length"]}
+    scale = settings.need_int("projector.scale_factor")
+    tokens = {"image_seq_length": (settings.patches // scale) ** 2}
     return ("GotOcr2ImageProcessor", "InternVLProcessor"), images, tokens
 
 
@@ -160,7 +161,7 @@ _PROCESSORS: Mapping[
 ] = {
     "gemma3": _gemma_3_processor,
     "idefics3": _idefics_3_processor,
-    "internvl": _internvl_processor,
+    **dict.fromkeys(("internvl", "internvl_chat"), _internvl_processor),
     **dict.fromkeys(("llava", "llava_next"), _llava_processor),
     **dict.fromkeys(("pixtral", "mistral3"), _pixtral_processor),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _qwen_processor),
