@@ -77,7 +77,7 @@ def plan(
     """
     options, run = read_arguments("plan", quantization, arguments)
     run.check_save_recipe(options)
-    remote = find_repository(source, run.revision)
+    remote = find_repository(source, run.revision, options.vision_part)
     if options.budget is not None:
         options = allocate_bits(
             open_source(source, remote, options.config_from),
@@ -87,7 +87,7 @@ def plan(
             progress=run.progress,
         )
         write_recipe(run, options)
-    plan = make_plan(read_source(source, remote, options.config_from), options)
+    plan = make_plan(read_source(source, remote, options.config_from, options.vision_part), options)
     if remote is None:
         return plan
     return replace(plan, notes=(*plan.notes, Note(NoteCode.DOWNLOAD, remote.download_summary())))
@@ -129,7 +129,7 @@ def convert(
     options, run = read_arguments("convert", quantization, arguments)
     run.check_save_recipe(options)
     folder = Path(output)
-    remote = find_repository(source, run.revision)
+    remote = find_repository(source, run.revision, options.vision_part)
     _check_consume_source(source, folder, remote, options, run)
 
     opened = Path(source) if remote is None else _start_download(remote, folder, options, run)
@@ -145,7 +145,7 @@ def convert(
         options = replace(options, nonfinite_layers=frozenset(recorded_nonfinite_layers(folder)))
 
     while True:
-        planned = plan_with_source(as_checkpoint(opened, options.config_from, stubs), options)
+        planned = plan_with_source(_checkpoint(opened, options, stubs), options)
         with _open_output(planned, folder, options, run) as sink:
             attempt = run_once(planned, sink, options, run)
             if not attempt.problems:
@@ -209,6 +209,12 @@ def _check_consume_source(
         raise UsageError("--consume-source is for safetensors; a GGUF file goes as a whole or not")
 
 
+def _checkpoint(
+    opened: Path | Checkpoint, options: ConvertOptions, stubs: Path | None = None
+) -> Checkpoint:
+    return as_checkpoint(opened, options.config_from, stubs, options.vision_part)
+
+
 def _start_download(
     remote: Repository, output: Path, options: ConvertOptions, run: RunOptions
 ) -> Checkpoint:
@@ -252,7 +258,7 @@ def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions
         CheckpointError: There are non-finite values or overflows that are not allowed.
     """
     while True:
-        planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
+        planned = plan_with_source(_checkpoint(opened, options), options)
         attempt = run_once(planned, NullSink(), options, run)
         if not attempt.problems:
             return options

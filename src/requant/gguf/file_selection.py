@@ -13,6 +13,8 @@ _KIND = re.compile(
     re.IGNORECASE,
 )
 _MMPROJ = "mmproj"
+WITHOUT = "none"
+"""The value of ``--mmproj`` that takes the language model alone."""
 _NO_MODEL = (_MMPROJ, "imatrix")
 
 

@@ -16,8 +16,8 @@ from requant.checkpoints.folder_files import file_size
 from requant.checkpoints.gguf_tensors import GgufModel, GgufTensor
 from requant.core.reasons import Note, NoteCode
 from requant.errors import CheckpointError, Problem
-from requant.gguf.file_selection import SUFFIX, is_mmproj_name
-from requant.gguf.header import Header, read_header
+from requant.gguf.file_selection import SUFFIX, WITHOUT, is_mmproj_name
+from requant.gguf.header import read_header
 from requant.gguf.metadata import Metadata
 from requant.gguf.mmproj_config import VisionSettings, pair_config, report_unread
 from requant.gguf.mmproj_families import PROJECTORS, VisionFamily, families_of
@@ -26,8 +26,6 @@ from requant.gguf.mmproj_processor import processor_files
 from requant.gguf.tokenizer import Files
 from requant.text import format_value
 
-WITHOUT = "none"
-"""The value of ``--mmproj`` that takes the language model alone."""
 _INSTEAD = f"--mmproj {WITHOUT} converts the language model alone"
 
 
@@ -70,7 +68,7 @@ def choose_mmproj(names: Iterable[str], wanted: str | None, source: str) -> str 
 class PairedModel:
     """What a vision part and its language model are together."""
 
-    tensors: Mapping[str, StoredTensor | JoinedTensor]
+    tensors: dict[str, StoredTensor | JoinedTensor]
     model: GgufModel
     config: dict[str, Any]
     files: Files
@@ -191,4 +189,3 @@ class VisionPart:
         if missing is not None:
             message = f"is {count:,}, but block {missing:,} has no v.blk.{missing}.ln1.weight"
             settings.report("block_count", message)
-

@@ -25,7 +25,11 @@ _NO_EFFECT = {
     **dict.fromkeys(("vision.projector_type", "vision.mm_projector_type"), ""),
     "vision.mm_patch_merge_type": "the model with image_newline has only the one",
     **dict.fromkeys(
-        ("vision.image_aspect_ratio", "vision.image_crop_resolution", "vision.image_split_resolution"),
+        (
+            "vision.image_aspect_ratio",
+            "vision.image_crop_resolution",
+            "vision.image_split_resolution",
+        ),
         "the processor of this model has no such setting",
     ),
 }
@@ -132,8 +136,8 @@ def _check_widths(settings: VisionSettings, text: Mapping[str, Any]) -> None:
         width = last[0] if last else None  # the key is CLIP's own projection
     if width not in (None, text["hidden_size"]):
         message = (
-            f"gives vectors of {width:,} values, but the language model has {text['hidden_size']:,}:"
-            " the two files are not of one model"
+            f"gives vectors of {width:,} values, but those of the language model have "
+            f"{text['hidden_size']:,}: the two files are not of one model"
         )
         settings.report("projection_dim", message)
 

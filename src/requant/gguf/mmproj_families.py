@@ -76,7 +76,10 @@ _QWEN_3_MERGER = {
     "mm.2": "merger.linear_fc2",
 }
 # Both frames of a convolution over two: the file has one tensor for each.
-_QWEN_PATCHES = {"v.patch_embd": "patch_embed.proj", "v.patch_embd.weight.1": "patch_embed.proj.weight"}
+_QWEN_PATCHES = {
+    "v.patch_embd": "patch_embed.proj",
+    "v.patch_embd.weight.1": "patch_embed.proj.weight",
+}
 _BELOW_LANGUAGE_MODEL = {"": "language_model."}
 
 

@@ -141,7 +141,7 @@ class VisionNaming:
         return (shape[0] * len(entries), *shape[1:])
 
     def _frames(self, entries: Sequence[TableEntry]) -> Iterator[FileRange]:
-        """Bytes of the convolution over frames: of each filter and channel one frame, then the next."""
+        """Bytes of a convolution over frames: of each filter and channel all frames."""
         first = entries[0]
         count = prod(first.shape[:2])
         if count > _MAX_PIECES:

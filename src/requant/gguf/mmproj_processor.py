@@ -1,4 +1,4 @@
-"""Files of the image processor that belongs to a vision part (mmproj), as far as the part says them.
+"""Files of the image processor of a vision part (mmproj), as far as the part says them.
 
 What no file says (limits of sizes, how images are resized) is what published models have.
 """
@@ -156,9 +156,7 @@ def _internvl_processor(
     return ("GotOcr2ImageProcessor", "InternVLProcessor"), images, tokens
 
 
-_PROCESSORS: Mapping[
-    str, Callable[[VisionSettings, Mapping[str, Any], int, int], _Processor]
-] = {
+_PROCESSORS: Mapping[str, Callable[[VisionSettings, Mapping[str, Any], int, int], _Processor]] = {
     "gemma3": _gemma_3_processor,
     "idefics3": _idefics_3_processor,
     **dict.fromkeys(("internvl", "internvl_chat"), _internvl_processor),

@@ -25,10 +25,10 @@ from requant.core.limits import MAX_SHARDS
 from requant.core.reasons import Note, NoteCode
 from requant.errors import CheckpointError, Problem
 from requant.gguf.architectures import Architecture, family_of
-from requant.gguf.file_selection import PART, SUFFIX
+from requant.gguf.file_selection import PART, SUFFIX, WITHOUT
 from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata
-from requant.gguf.mmproj import WITHOUT, VisionPart, choose_mmproj, is_mmproj
+from requant.gguf.mmproj import VisionPart, choose_mmproj, is_mmproj
 from requant.gguf.model_config import make_config
 from requant.gguf.naming import Naming
 from requant.gguf.settings import Settings
@@ -82,10 +82,17 @@ def read_gguf(
     if problems or not headers:
         raise CheckpointError(str(source), problems)
     beside = {path.name for path in folder.iterdir()} - set(names) if mmproj != WITHOUT else ()
-    part = choose_mmproj(beside, mmproj, str(source))
+    part = choose_mmproj(beside, _name_in(folder, mmproj), str(source))
     left_out = () if is_file else tuple(_left_out(folder, [*names, *([part] if part else [])]))
     reading = _Reading(source, folder, headers, config_from, fetch, part)
     return reading.checkpoint(left_out)
+
+
+def _name_in(folder: Path, file: str | None) -> str | None:
+    """The name of a file of a folder that is given by its path, or by its name alone."""
+    if file is None or Path(file).name == file:
+        return file
+    return Path(file).name if Path(file).resolve().parent == folder.resolve() else file
 
 
 def _parts_of(name: str) -> list[str]:

@@ -178,7 +178,9 @@ def _convert(
         chunk_bytes=run.chunk_bytes,
     )
     while True:
-        planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
+        planned = plan_with_source(
+            as_checkpoint(opened, options.config_from, mmproj=options.vision_part), options
+        )
         sink = ArraySink(planned.plan)
         attempt = run_once(planned, sink, options, run)
         if not attempt.problems:

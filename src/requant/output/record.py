@@ -18,6 +18,7 @@ from typing import Any
 from requant.checkpoints.folder_files import RECORD, check_folder
 from requant.checkpoints.safetensors_folder import read_json
 from requant.errors import CheckpointError, Problem
+from requant.gguf.file_selection import WITHOUT, is_mmproj_name
 from requant.planning.plan import Plan
 from requant.text import format_value
 
@@ -84,7 +85,8 @@ def build_record(
         "plan": plan_hash,
         # A path says nothing elsewhere: what verifies against a GGUF source names it again.
         "options": dict(options)
-        | {"layout": plan.layout, "config_from": None, "statistics": _file_name(options)},
+        | {"layout": plan.layout, "config_from": None, "statistics": _file_name(options)}
+        | {"mmproj": _vision_part(plan, options)},
         "source": {
             "format": plan.format,
             "files": [asdict(file) for file in plan.files],
@@ -116,6 +118,15 @@ def _file_name(options: Mapping[str, Any]) -> str | None:
     """The statistics file's name; its SHA-256 is in the plan's hash."""
     path = options.get("statistics")
     return None if path is None else Path(path).name
+
+
+def _vision_part(plan: Plan, options: Mapping[str, Any]) -> str | None:
+    """The file beside a GGUF model that was read with it, or that none was."""
+    given: str | None = options.get("mmproj")
+    if given is not None or plan.format != "gguf":
+        return given and Path(given).name
+    last = plan.files[-1].name
+    return last if is_mmproj_name(last) else WITHOUT
 
 
 def _round_errors(error: tuple[float, float] | None) -> list[float] | None:

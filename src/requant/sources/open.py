@@ -18,6 +18,7 @@ def read_checkpoint(
     path: str | os.PathLike[str],
     config_from: str | os.PathLike[str] | None = None,
     stubs: Path | None = None,
+    mmproj: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint: headers and JSON only.
 
@@ -29,18 +30,22 @@ def read_checkpoint(
         path: The folder, or a GGUF file.
         config_from: For GGUF: a folder whose config.json and side files are taken.
         stubs: A folder with the headers of weight files that were deleted.
+        mmproj: For GGUF: the vision part, as ``read_gguf`` takes it.
 
     Raises:
         CheckpointError: With all problems of the source.
-        UsageError: ``config_from`` for another source than GGUF.
+        UsageError: ``config_from`` or a vision part for another source than GGUF.
     """
     folder = Path(path)
     if is_gguf(folder):
         from requant.gguf.reader import read_gguf  # imported late for a fast start
 
-        return read_gguf(folder, None if config_from is None else Path(config_from))
+        taken = None if config_from is None else Path(config_from)
+        return read_gguf(folder, taken, mmproj=mmproj)
     if config_from is not None:
         raise UsageError(f"--config-from is for GGUF sources; {folder} has its own config.json")
+    if mmproj not in (None, "none"):
+        raise UsageError(f"--mmproj is for GGUF sources; {folder} is none")
     return read_folder(folder, stubs)
 
 
@@ -48,6 +53,7 @@ def as_checkpoint(
     source: str | os.PathLike[str] | Checkpoint,
     config_from: str | os.PathLike[str] | None = None,
     stubs: Path | None = None,
+    mmproj: str | None = None,
 ) -> Checkpoint:
     """Return the checkpoint of a source, which may have been read already.
 
@@ -55,13 +61,14 @@ def as_checkpoint(
         source: A path for ``read_checkpoint``, or the checkpoint of a repository on the hub.
         config_from: As in ``read_checkpoint``.
         stubs: As in ``read_checkpoint``.
+        mmproj: As in ``read_checkpoint``; the checkpoint of a repository has been read with it.
 
     Raises:
         CheckpointError: With all problems of the source.
-        UsageError: ``config_from`` for another source than GGUF.
+        UsageError: ``config_from`` or a vision part for another source than GGUF.
     """
     if not isinstance(source, Checkpoint):
-        return read_checkpoint(source, config_from, stubs)
+        return read_checkpoint(source, config_from, stubs, mmproj)
     if config_from is not None and source.gguf is None:
         raise UsageError(f"--config-from is for GGUF files; {source.source} is on the hub")
     return source
