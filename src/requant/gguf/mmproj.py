@@ -24,7 +24,7 @@ from requant.gguf.mmproj_families import PROJECTORS, VisionFamily, families_of
 from requant.gguf.mmproj_naming import VisionNaming
 from requant.gguf.mmproj_processor import processor_files
 from requant.gguf.tokenizer import Files
-from requant.text import format_value
+from requant.text import format_value, join_first
 
 _INSTEAD = f"--mmproj {WITHOUT} converts the language model alone"
 
@@ -169,6 +169,9 @@ class VisionPart:
         self.problems += [*naming.problems, *self.metadata.problems]
         kind = self.family.model_type
         text = f"{self.header.file} is read as the vision part of {kind}; {_INSTEAD}."
+        if unused := list(naming.unused):
+            text += f" It lacks {join_first(unused)}, which nothing is computed with: others of "
+            text += "the same shape stand there."
         self.notes += [Note(NoteCode.VISION_PART, text), *settings.notes]
         return PairedModel(
             renamed | vision,

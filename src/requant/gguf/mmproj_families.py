@@ -108,6 +108,8 @@ class VisionFamily:
         permuted: Parts of a block whose rows are in the order of llama.cpp's rotary embedding.
         shifted: Norms to whose weight one was added.
         copies: Tensors that are rows of others -> what they are.
+        stand_ins: Weights that the class has and never uses, and files leave out -> a tensor of the
+            file of the same shape.
         tokens: Key of config.json -> the token that it is the number of.
     """
 
@@ -124,6 +126,7 @@ class VisionFamily:
     permuted: tuple[str, ...] = ()
     shifted: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
     tokens: Mapping[str, str]
 
     def text_name(self, name: str) -> str:
@@ -215,6 +218,10 @@ _LLAVA = VisionFamily(
         "mm.2": "multi_modal_projector.linear_2",
     },
     ranks={f"{_LLAVA_TOWER}.embeddings.class_embedding": 1},
+    stand_ins={
+        f"{_LLAVA_TOWER}.post_layernorm.{suffix}": f"v.blk.0.ln1.{suffix}"
+        for suffix in ("weight", "bias")
+    },
     tokens={"image_token_index": "<image>"},
 )
 _LLAVA_NEXT = replace(

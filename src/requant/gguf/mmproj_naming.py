@@ -59,6 +59,7 @@ class VisionNaming:
                 self._report(entry, message)
                 continue
             sources.setdefault(named, []).append(entry)
+        sources |= {name: [entry] for name, entry in self.unused.items()}
         tensors: dict[str, StoredTensor | JoinedTensor] = {}
         stored: dict[str, GgufTensor] = {}
         for name, entries in sources.items():
@@ -75,6 +76,14 @@ class VisionNaming:
             )
             tensors[name] = place_tensor(name, stored_info(first.kind, shape), ranges)
         return tensors, stored
+
+    @property
+    def unused(self) -> dict[str, TableEntry]:
+        """Weights that the file leaves out and nothing is computed with, each with a stand-in."""
+        entries = {entry.name: entry for entry in self.header.tensors}
+        named = {self.name_of(name) for name in entries}
+        found = self.family.stand_ins.items()
+        return {new: entries[old] for new, old in found if old in entries and new not in named}
 
     def name_of(self, name: str) -> str | None:
         """Hugging Face's name of a tensor; None if the model has none of that name."""
