@@ -22,7 +22,7 @@ from requant.gguf.metadata import Metadata
 from requant.gguf.mmproj_config import VisionSettings, pair_config, report_unread
 from requant.gguf.mmproj_families import PROJECTORS, VisionFamily, families_of
 from requant.gguf.mmproj_naming import VisionNaming
-from requant.gguf.mmproj_processor import processor_files
+from requant.gguf.mmproj_processor import named_tokens, processor_files
 from requant.gguf.tokenizer import Files
 from requant.text import format_value, join_first
 
@@ -161,7 +161,11 @@ class VisionPart:
         self._check_blocks(settings)
         if not is_taken:
             config = pair_config(settings, config)
-            files = {**files, **processor_files(settings, config)}
+            files = {
+                **files,
+                **named_tokens(settings, files),
+                **processor_files(settings, config),
+            }
             report_unread(settings)
         rename = self.family.text_name
         renamed = {rename(name): replace(x, name=rename(name)) for name, x in tensors.items()}

@@ -111,6 +111,7 @@ class VisionFamily:
         stand_ins: Weights that the class has and never uses, and files leave out -> a tensor of the
             file of the same shape.
         tokens: Key of config.json -> the token that it is the number of.
+        named_tokens: What the processor asks the tokenizer for -> the token.
     """
 
     model_type: str
@@ -128,6 +129,7 @@ class VisionFamily:
     copies: Mapping[str, str] = field(default_factory=dict)
     stand_ins: Mapping[str, str] = field(default_factory=dict)
     tokens: Mapping[str, str]
+    named_tokens: Mapping[str, str] = field(default_factory=dict)
 
     def text_name(self, name: str) -> str:
         """The name of a tensor of the language model in this checkpoint."""
@@ -153,6 +155,11 @@ _GEMMA_3 = VisionFamily(
         "image_token_index": "<image_soft_token>",
         "boi_token_index": "<start_of_image>",
         "eoi_token_index": "<end_of_image>",
+    },
+    named_tokens={
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
     },
 )
 _QWEN_TOKENS = {
@@ -274,6 +281,12 @@ _MISTRAL_3 = replace(
         "mm.patch_merger": "multi_modal_projector.patch_merger.merging_layer",
     },
 )
+_INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 _INTERNVL = VisionFamily(
     model_type="internvl",
     cls="InternVLForConditionalGeneration",
@@ -293,6 +306,7 @@ _INTERNVL = VisionFamily(
         "vision_tower.embeddings.position_embeddings": 3,
     },
     tokens={"image_token_id": "<IMG_CONTEXT>"},
+    named_tokens=_INTERNVL_TOKENS,
 )
 _INTERNVL_CHAT = VisionFamily(  # by the authors; MLX-VLM's class of the other takes no Qwen 2
     model_type="internvl_chat",
@@ -319,6 +333,7 @@ _INTERNVL_CHAT = VisionFamily(  # by the authors; MLX-VLM's class of the other t
         "vision_model.embeddings.position_embedding": 3,
     },
     tokens={"image_token_index": "<IMG_CONTEXT>"},
+    named_tokens=_INTERNVL_TOKENS,
 )
 _FAMILIES: Mapping[str, tuple[VisionFamily, ...]] = {
     "gemma3": (_GEMMA_3,),

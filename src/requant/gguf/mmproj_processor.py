@@ -44,8 +44,22 @@ def processor_files(settings: VisionSettings, config: Mapping[str, Any]) -> File
     }
 
 
+def named_tokens(settings: VisionSettings, files: Files) -> Files:
+    """``tokenizer_config.json`` with the tokens that the processor asks for by name."""
+    known = settings.family.named_tokens.items()
+    tokens = {name: token for name, token in known if settings.token(token) is not None}
+    make = files.get("tokenizer_config.json")
+    if make is None or not tokens:
+        return {}
+
+    def config() -> bytes:
+        return _dump(json.loads(make()) | {"extra_special_tokens": tokens})
+
+    return {"tokenizer_config.json": config}
+
+
 def _dump(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 _Processor = tuple[tuple[str, str], dict[str, Any], dict[str, Any]]

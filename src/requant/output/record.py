@@ -18,7 +18,7 @@ from typing import Any
 from requant.checkpoints.folder_files import RECORD, check_folder
 from requant.checkpoints.safetensors_folder import read_json
 from requant.errors import CheckpointError, Problem
-from requant.gguf.file_selection import WITHOUT, is_mmproj_name
+from requant.gguf.file_selection import is_mmproj_name
 from requant.planning.plan import Plan
 from requant.text import format_value
 
@@ -121,12 +121,10 @@ def _file_name(options: Mapping[str, Any]) -> str | None:
 
 
 def _vision_part(plan: Plan, options: Mapping[str, Any]) -> str | None:
-    """The file beside a GGUF model that was read with it, or that none was."""
+    """``mmproj``: the name of the file, also where it was found beside the model."""
     given: str | None = options.get("mmproj")
-    if given is not None or plan.format != "gguf":
-        return given and Path(given).name
-    last = plan.files[-1].name
-    return last if is_mmproj_name(last) else WITHOUT
+    found = plan.files[-1].name if plan.files else ""
+    return Path(given).name if given else found if is_mmproj_name(found) else None
 
 
 def _round_errors(error: tuple[float, float] | None) -> list[float] | None:
