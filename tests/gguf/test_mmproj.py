@@ -1,4 +1,4 @@
-"""Vision parts beside GGUF models: names, values, config and what is said of them."""
+"""Vision parts next to GGUF models: names, values, config and what is said of them."""
 
 from __future__ import annotations
 
@@ -157,10 +157,10 @@ def test_which_file_is_read() -> None:
     assert choose_mmproj(files[:1], None, "m") is None
     assert choose_mmproj(files, "none", "m") is None
     assert choose_mmproj(files, "mmproj-b.gguf", "m") == "mmproj-b.gguf"
-    words = r"2 vision parts beside it \(mmproj-a.gguf, mmproj-b.gguf\): .*--mmproj mmproj-a.gguf"
+    words = r"2 vision parts next to it \(mmproj-a.gguf, mmproj-b.gguf\): .*--mmproj mmproj-a.gguf"
     with pytest.raises(CheckpointError, match=words):
         choose_mmproj(files, None, "m")
-    with pytest.raises(CheckpointError, match="not a GGUF file beside m"):
+    with pytest.raises(CheckpointError, match="not a GGUF file next to m"):
         choose_mmproj(files, "mmproj-c.gguf", "m")
 
 

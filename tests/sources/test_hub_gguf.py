@@ -129,7 +129,7 @@ def test_a_vision_part(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The mmproj file beside the model is read with it; of two the error names both."""
+    """The mmproj file next to the model is read with it; of two the error names both."""
     from tests.support.mmproj_pairs import write_pair
 
     folder = tmp_path / "pair"

@@ -92,9 +92,9 @@ class _OfConvertPlan(TypedDict, total=False):
     still loads the result.
     """
     mmproj: str | None
-    """For GGUF: the file beside the model that holds its vision part, or ``none`` to convert the
-    language model alone. By default the one file with mmproj in its name, unless the layout is
-    mlx-lm's, which has no images.
+    """For GGUF: the file next to the model that holds its vision part, or ``none`` to convert
+    the language model alone. By default the one file with mmproj in its name, unless the layout
+    is mlx-lm's, which has no images.
     """
     shard_size: int
     """Most bytes of one weight file."""

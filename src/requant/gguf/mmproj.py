@@ -36,7 +36,7 @@ def is_mmproj(metadata: Mapping[str, Any]) -> bool:
 
 
 def choose_mmproj(names: Iterable[str], wanted: str | None, source: str) -> str | None:
-    """The vision part among the files beside a model; None without one.
+    """The vision part among the files next to a model; None without one.
 
     Args:
         names: The files.
@@ -52,12 +52,12 @@ def choose_mmproj(names: Iterable[str], wanted: str | None, source: str) -> str 
     if wanted is not None:
         if wanted in files:
             return wanted
-        message = f"is not a GGUF file beside {source}, where a vision part must lie"
+        message = f"is not a GGUF file next to {source}, where a vision part must lie"
         raise CheckpointError(source, [Problem(f"--mmproj {wanted}", message)])
     found = [name for name in files if is_mmproj_name(name)]
     if len(found) > 1:
         message = (
-            f"has {len(found)} vision parts beside it ({', '.join(found)}): "
+            f"has {len(found)} vision parts next to it ({', '.join(found)}): "
             f"choose with --mmproj {found[0]}; {_INSTEAD}"
         )
         raise CheckpointError(source, [Problem(source, message)])

@@ -52,7 +52,7 @@ def read_gguf(
     fetch: Callable[[FileRange], bytes] | None = None,
     mmproj: str | None = None,
 ) -> Checkpoint:
-    """Read a GGUF model up to its data, with the vision part beside it.
+    """Read a GGUF model up to its data, with the vision part next to it.
 
     Args:
         source: A file, any part of a split one, or a folder with one model.
@@ -60,7 +60,7 @@ def read_gguf(
             the metadata say.
         fetch: Reads what lies behind the headers, where the files hold nothing else.
         mmproj: The file with the vision part, "none" for the language model alone, or None for
-            the one beside it, if there is one.
+            the one next to it, if there is one.
 
     Raises:
         CheckpointError: With everything that is wrong with it.
@@ -81,8 +81,8 @@ def read_gguf(
             headers.append(header)
     if problems or not headers:
         raise CheckpointError(str(source), problems)
-    beside = {path.name for path in folder.iterdir()} - set(names) if mmproj != WITHOUT else ()
-    part = choose_mmproj(beside, _name_in(folder, mmproj), str(source))
+    others = {path.name for path in folder.iterdir()} - set(names) if mmproj != WITHOUT else ()
+    part = choose_mmproj(others, _name_in(folder, mmproj), str(source))
     left_out = () if is_file else tuple(_left_out(folder, [*names, *([part] if part else [])]))
     reading = _Reading(source, folder, headers, config_from, fetch, part)
     return reading.checkpoint(left_out)

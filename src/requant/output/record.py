@@ -121,7 +121,7 @@ def _file_name(options: Mapping[str, Any]) -> str | None:
 
 
 def _vision_part(plan: Plan, options: Mapping[str, Any]) -> str | None:
-    """``mmproj``: the name of the file, also where it was found beside the model."""
+    """``mmproj``: the name of the file, also where it was found next to the model."""
     given: str | None = options.get("mmproj")
     found = plan.files[-1].name if plan.files else ""
     return Path(given).name if given else found if is_mmproj_name(found) else None

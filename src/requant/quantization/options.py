@@ -173,10 +173,10 @@ class ConvertOptions:
     )
     mmproj: str | None = option(
         types.TEXT,
-        doc="For GGUF: the file beside the model that holds its vision part, or ``none`` to "
+        doc="For GGUF: the file next to the model that holds its vision part, or ``none`` to "
         "convert the language model alone. By default the one file with mmproj in its name, "
         "unless the layout is mlx-lm's, which has no images.",
-        help="GGUF: the vision part beside the model; none converts the language model alone. "
+        help="GGUF: the vision part next to the model; none converts the language model alone. "
         "Default: the one file named mmproj, if there is one.",
         metavar="FILE",
         functions=("convert", "plan"),

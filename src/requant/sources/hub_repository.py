@@ -90,8 +90,8 @@ def find_repository(
     if kind:
         files = [*gguf_models(listing.sizes)[kind], *(x for x in (CARD,) if x in listing.sizes)]
         below = files[0][: files[0].rfind("/") + 1]
-        beside = {x.removeprefix(below) for x in listing.sizes if x.startswith(below)} - {*files}
-        part = choose_mmproj((x for x in beside if "/" not in x), mmproj, f"{name}:{kind}")
+        others = {x.removeprefix(below) for x in listing.sizes if x.startswith(below)} - {*files}
+        part = choose_mmproj((x for x in others if "/" not in x), mmproj, f"{name}:{kind}")
         files += [below + part] if part else []
     digests = {file: listing.digests.get(file, "") for file in files}
     sizes = {x: listing.sizes[x] for x in files}
@@ -187,7 +187,7 @@ class Repository:
         sizes: Of the files that a conversion reads: relative path -> bytes.
         digests: SHA-256 of those in LFS, git's id of the others, where the hub lists one.
         gguf: Which of its GGUF models is meant ("Q4_K_M"); "" for safetensors.
-        mmproj: The file beside this model with its vision part.
+        mmproj: The file next to this model with its vision part.
     """
 
     def __init__(
