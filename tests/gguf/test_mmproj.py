@@ -27,6 +27,10 @@ from tests.support.mmproj_pairs import write_pair
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
+pytestmark = pytest.mark.sweep(
+    3, tests=("test_every_family", "test_mlx_vlm_loads", "test_processor")
+)
+
 # Keys of config.json that say something else there, with the reason.
 OTHER_CONFIG = {
     "gemma3": {"vocab_size"},

@@ -19,10 +19,11 @@ from requant.errors import CheckpointError, Problem
 from requant.gguf.file_selection import SUFFIX, WITHOUT, is_mmproj_name
 from requant.gguf.header import read_header
 from requant.gguf.metadata import Metadata
-from requant.gguf.mmproj_config import VisionSettings, pair_config, report_unread
+from requant.gguf.mmproj_config import pair_config
 from requant.gguf.mmproj_families import PROJECTORS, VisionFamily, families_of
 from requant.gguf.mmproj_naming import VisionNaming
 from requant.gguf.mmproj_processor import named_tokens, processor_files
+from requant.gguf.mmproj_settings import VisionSettings, report_unread
 from requant.gguf.tokenizer import Files
 from requant.text import format_value, join_first
 

@@ -9,7 +9,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from requant.gguf.mmproj_config import TEMPORAL_PATCH, VisionSettings
+from requant.gguf.mmproj_config import TEMPORAL_PATCH
+from requant.gguf.mmproj_settings import VisionSettings
 from requant.gguf.tokenizer import Files
 
 # What the processors of published models have, and files do not say.
