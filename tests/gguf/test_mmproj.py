@@ -216,6 +216,7 @@ def test_config_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"more": {"clip.vision.block_count": 3}}, r"is 3, but block 2 has no v\.blk\.2\.ln1"),
         ({"more": {"clip.vision.image_size": None}}, r"clip\.vision\.image_size: is missing"),
         ({"extra": {"v.blk.0.new.weight": np.ones(4, np.float32)}}, r"has no name in .*gemma3"),
+        ({"extra": {"v.pre_ln.weight": np.array(1, np.float32)}}, r"F32 \[\], expected at least"),
         ({"tokens": {}}, r"tokenizer\.ggml\.tokens: has no <image_soft_token>"),
     ],
 )
@@ -226,6 +227,28 @@ def test_what_is_rejected(
     with pytest.raises(CheckpointError, match=words):
         requant.plan(tmp_path / "in", layout="keep")
     requant.plan(tmp_path / "in", layout="keep", mmproj="none")
+
+
+def test_arrays_that_are_no_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"clip.vision.image_grid_pinpoints": [336, 672, 672]}
+    write_pair(tmp_path / "in", "llava_next", monkeypatch, more=more)
+    with pytest.raises(CheckpointError, match=r"image_grid_pinpoints: is an array of 3, expected"):
+        requant.plan(tmp_path / "in", layout="keep")
+
+
+def test_older_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen 2.5 as its first converter wrote it."""
+    more = {
+        "clip.has_qwen2vl_merger": True,
+        "clip.use_rms_norm": True,
+        "clip.use_glu_mlp": True,
+        "clip.vision.n_wa_pattern": None,
+        "clip.vision.fullatt_block_indexes": [1],
+        "clip.vision.window_size": 56,
+    }
+    write_pair(tmp_path / "in", "qwen2_5_vl", monkeypatch, more=more)
+    vision = requant.plan(tmp_path / "in", layout="keep").config["vision_config"]
+    assert (vision["fullatt_block_indexes"], vision["window_size"]) == ([1], 56)
 
 
 def test_parts_that_do_not_fit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

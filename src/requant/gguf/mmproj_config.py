@@ -51,9 +51,8 @@ def pair_config(settings: VisionSettings, text: Mapping[str, Any]) -> dict[str, 
 def _check_widths(settings: VisionSettings, text: Mapping[str, Any]) -> None:
     """Both files must be of one model."""
     width = settings.find_int("projection_dim")
-    last = settings.shapes.get("mm.2.weight")
     if settings.family.model_type.startswith("llava"):
-        width = last[0] if last else None  # the key is CLIP's own projection
+        width = settings.size("mm.2.weight", 0)  # the key is CLIP's own projection
     if width not in (None, text["hidden_size"]):
         message = (
             f"gives vectors of {width:,} values, but those of the language model have "
@@ -162,7 +161,7 @@ def _llava(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
     kind = "clip_vision_model" if has_class else "siglip_vision_model"
     activation = settings.activation if has_class else _tanh(settings)
     vision = _tower(settings, kind, activation)
-    layers = settings.metadata.numbers(f"{settings.prefix}feature_layer")
+    layers = settings.whole("feature_layer")
     own: dict[str, Any] = {
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default" if has_class else "full",
@@ -170,16 +169,24 @@ def _llava(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": settings.has("mm.0.bias"),
     }
-    if layers is not None and len(layers) > 1:
-        own["vision_feature_layer"] = [int(layer) for layer in layers]
-    elif layers is not None and int(layers[0]) != vision["num_hidden_layers"]:
-        own["vision_feature_layer"] = int(layers[0])
+    if layers and layers != [vision["num_hidden_layers"]]:
+        own["vision_feature_layer"] = layers if len(layers) > 1 else layers[0]
     if not has_class:
         vision["vision_use_head"] = False
-    pinpoints = settings.metadata.numbers(f"{settings.prefix}image_grid_pinpoints")
-    if pinpoints is not None:
-        own["image_grid_pinpoints"] = pinpoints.reshape(-1, 2).tolist()
+    if settings.family.model_type == "llava_next":
+        own["image_grid_pinpoints"] = _pinpoints(settings)
     return vision, own
+
+
+def _pinpoints(settings: VisionSettings) -> list[list[int]]:
+    """Heights and widths of images."""
+    key = f"{settings.prefix}image_grid_pinpoints"
+    sizes = settings.whole("image_grid_pinpoints") or []
+    if not sizes or len(sizes) % 2:
+        found = f"is {settings.metadata.shown(key)}" if sizes else "is missing"
+        settings.metadata.report(key, f"{found}, expected pairs of whole numbers")
+        return []
+    return [list(pair) for pair in zip(sizes[::2], sizes[1::2], strict=True)]
 
 
 def _pixtral(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
@@ -203,8 +210,8 @@ def _pixtral(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
 
 def _merge_by_shape(settings: VisionSettings) -> int:
     """Patches along each side of those that are merged, by the matrix that merges them."""
-    shape = settings.shapes.get("mm.patch_merger.weight", (1, 1))
-    return isqrt(max(shape[-1] // shape[0], 1))
+    name = "mm.patch_merger.weight"
+    return isqrt(max(settings.size(name, -1) // settings.size(name, 0), 1))
 
 
 def _qwen(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
@@ -217,7 +224,7 @@ def _qwen(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
         kind = "mrope" if settings.family.model_type.startswith("qwen2") else "default"
         section = [int(x) for x in sections if x]
         text["rope_scaling"] = {"type": kind, "rope_type": "default", "mrope_section": section}
-    merged = settings.shapes.get("mm.0.weight", (4,))[-1]
+    merged = settings.size("mm.0.weight", -1)
     width = settings.need_int("embedding_length")
     vision = {
         "model_type": settings.family.model_type,
@@ -242,8 +249,8 @@ def _qwen_2(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
     _check_epsilon(settings, _QWEN_EPSILON)
     settings.find_int("feed_forward_length")  # of the language model, by mistake
     width = vision["hidden_size"]
-    shape = max(settings.shapes.get("v.blk.0.ffn_up.weight", (width,)))
-    ratio = shape / width
+    name = "v.blk.0.ffn_up.weight"  # or what comes down again: the larger side is between both
+    ratio = max(settings.size(name, 0), settings.size(name, 1)) / width
     vision |= {
         "embed_dim": width,
         "hidden_size": text["hidden_size"],
@@ -256,13 +263,14 @@ def _qwen_2(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
 def _qwen_2_5(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
     vision, own = _qwen(settings, text)
     _check_epsilon(settings, _QWEN_EPSILON)
-    every = settings.need_int("n_wa_pattern")
+    full = settings.whole("fullatt_block_indexes")
+    every = settings.need_int("n_wa_pattern") if full is None else 1
     vision |= {
         "hidden_act": settings.activation,
-        "intermediate_size": settings.shapes.get("v.blk.0.ffn_gate.weight", (0,))[0],
+        "intermediate_size": settings.size("v.blk.0.ffn_gate.weight", 0),
         "out_hidden_size": text["hidden_size"],
         "window_size": settings.find_int("window_size") or _QWEN_WINDOW,
-        "fullatt_block_indexes": list(range(every - 1, vision["depth"], every)),
+        "fullatt_block_indexes": full or list(range(every - 1, vision["depth"], every)),
         "tokens_per_second": 2,
     }
     settings.find_int("feed_forward_length")
@@ -277,7 +285,7 @@ def _qwen_3(settings: VisionSettings, text: dict[str, Any]) -> _Parts:
         "hidden_act": _tanh(settings),
         "intermediate_size": settings.need_int("feed_forward_length"),
         "out_hidden_size": text["hidden_size"],
-        "num_position_embeddings": settings.shapes.get("v.position_embd.weight", (0,))[0],
+        "num_position_embeddings": settings.size("v.position_embd.weight", 0),
         "deepstack_visual_indexes": [block for block, has in enumerate(layers) if has],
     }
     if "rope_scaling" in text:

@@ -58,7 +58,10 @@ class VisionNaming:
                 message = f"has no name in Hugging Face's {kind}, and may change what it computes"
                 self._report(entry, message)
                 continue
-            sources.setdefault(named, []).append(entry)
+            if entry.shape:
+                sources.setdefault(named, []).append(entry)
+            else:
+                self._report(entry, f"{entry.kind.name} [], expected at least one axis")
         sources |= {name: [entry] for name, entry in self.unused.items()}
         tensors: dict[str, StoredTensor | JoinedTensor] = {}
         stored: dict[str, GgufTensor] = {}

@@ -15,12 +15,15 @@ _VISION = "clip.vision."
 _NO_EFFECT = {
     **dict.fromkeys(("has_vision_encoder", "has_llava_projector", "projector_type"), ""),
     **dict.fromkeys(("vision.projector_type", "vision.mm_projector_type"), ""),
+    **dict.fromkeys(("has_qwen2vl_merger", "use_rms_norm", "use_glu_mlp"), ""),  # by the tensors
     "vision.mm_patch_merge_type": "the model with image_newline has only the one",
     **dict.fromkeys(
         (
             "vision.image_aspect_ratio",
             "vision.image_crop_resolution",
             "vision.image_split_resolution",
+            *("vision.image_min_pixels", "vision.image_max_pixels", "vision.preproc_image_size"),
+            *("vision.preproc_min_tiles", "vision.preproc_max_tiles"),
         ),
         "the processor of this model has no such setting",
     ),
@@ -58,6 +61,18 @@ class VisionSettings(Settings):
         """The number of a token of the language model."""
         tokens = self.text.words("tokenizer.ggml.tokens")
         return tokens.index(text) if text in tokens else None
+
+    def size(self, name: str, axis: int) -> int:
+        """The size of a tensor along an axis; 1 where it has none."""
+        shape = self.shapes.get(name, ())
+        return shape[axis] if -len(shape) <= axis < len(shape) else 1
+
+    def whole(self, key: str) -> list[int] | None:
+        """An array of whole numbers, or None."""
+        found = self.metadata.numbers(self.prefix + key)
+        if found is None or found.dtype.kind not in "iu":
+            return None
+        return [int(x) for x in found]
 
     def floats(self, key: str) -> list[float]:
         """An array of numbers, in their shortest form as float32."""
