@@ -229,7 +229,7 @@ def test_what_is_rejected(
     requant.plan(tmp_path / "in", layout="keep", mmproj="none")
 
 
-def test_arrays_that_are_no_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"clip.vision.image_grid_pinpoints": [336, 672, 672]}
     write_pair(tmp_path / "in", "llava_next", monkeypatch, more=more)
     with pytest.raises(CheckpointError, match=r"image_grid_pinpoints: is an array of 3, expected"):
