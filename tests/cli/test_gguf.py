@@ -109,7 +109,7 @@ def test_dequantize_gives_the_package_s_values(
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "convert", "generate"])
 def test_mmproj_is_kept_apart(command: str, requant: Requant, source: Path, tmp_path: Path) -> None:
-    """In a folder it is left out, alone it is rejected by name."""
+    """Where images are not asked for it is left out, alone it is rejected by name."""
     part = source.parent / "mmproj-micro-f16.gguf"
     writer = gguf.GGUFWriter(part, "clip")
     writer.add_tensor("v.patch_embd.weight", np.ones((4, 32), np.float32))
@@ -121,7 +121,8 @@ def test_mmproj_is_kept_apart(command: str, requant: Requant, source: Path, tmp_
         "convert": (tmp_path / "out",),
         "generate": ("--prompt", "The file", "--max-tokens", 2),
     }.get(command, ())
-    assert requant(command, source.parent, *rest).code == 0
+    alone = () if command == "generate" else ("--mmproj", "none")
+    assert requant(command, source.parent, *rest, *alone).code == 0
     rejected = requant(command, part, *({"convert": (tmp_path / "no",)}.get(command, rest)))
     assert rejected.code == 1
     assert f"{part.name}: is a vision or audio part for llama.cpp (mmproj)" in rejected.err

@@ -173,7 +173,7 @@ def test_mmproj_stays_apart(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    report = requant.convert(tmp_path, tmp_path.parent / f"{tmp_path.name}-out")
+    report = requant.convert(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", mmproj="none")
     assert [name for name, _ in report.plan.left_out] == ["mmproj-m.gguf"]
     with pytest.raises(CheckpointError, match="mmproj"):
         requant.convert(tmp_path / "mmproj-m.gguf", tmp_path / "no")

@@ -97,11 +97,12 @@ def test_a_file_of_a_repository(
 ) -> None:
     local = written(tmp_path, files) / ("micro-Q8_0.gguf" if "8" in kind else "Q4_0")
     size = sum(len(x) for name, x in files.items() if ("Q8_0" in name) == ("8" in kind))
-    declared = ok(call("plan", f"{NAME}:{kind}"))
+    alone = ("--mmproj", "none")
+    declared = ok(call("plan", f"{NAME}:{kind}", *alone))
     assert hub.sent < size
     assert f"{NAME}:{'Q8_0' if '8' in kind else 'Q4_0'} at " in declared
-    ok(call("convert", f"{NAME}:{kind}", "out", *option, "--quiet"))
-    requant.convert(local, tmp_path / "expected")
+    ok(call("convert", f"{NAME}:{kind}", "out", *option, *alone, "--quiet"))
+    requant.convert(local, tmp_path / "expected", mmproj="none")
     ours, theirs = tree(tmp_path / "out"), tree(tmp_path / "expected")
     record = json.loads(ours.pop("requant.json"))
     theirs.pop("requant.json")
@@ -112,6 +113,34 @@ def test_a_file_of_a_repository(
     ]
     ok(call("verify", NAME, "out"))
     assert not [path for _, path, _ in hub.log if "mmproj" in path]
+
+
+def test_a_vision_part(
+    hub: Hub,
+    call: Call,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mmproj file next to the model is read with it; of two the error names both."""
+    from tests.support.mmproj_pairs import write_pair
+
+    folder = tmp_path / "pair"
+    write_pair(folder, "gemma3", monkeypatch)
+    pair = hub.repositories["someone/pair"] = tree(folder)
+    two = pair | {"mmproj-model-Q8_0.gguf": pair["mmproj-model.gguf"]}
+    hub.repositories["someone/two"] = two
+    ok(call("convert", "someone/pair:model", "out", "--layout", "keep", "--quiet"))
+    requant.convert(folder, tmp_path / "expected", layout="keep")
+    ours, theirs = tree(tmp_path / "out"), tree(tmp_path / "expected")
+    assert b"vision_tower" in ours["model.safetensors"]
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
+        assert ours[name] == theirs[name]
+    ok(call("verify", "someone/pair", "out"))
+    done = call("plan", "someone/two:model", "--layout", "keep")
+    assert done.returncode == 1
+    assert "(mmproj-model-Q8_0.gguf, mmproj-model.gguf): choose with --mmproj" in done.stderr
+    chosen = ("--layout", "keep", "--mmproj", "mmproj-model-Q8_0.gguf")
+    ok(call("plan", "someone/two:model", *chosen))
 
 
 def test_which_one_is_meant(hub: Hub, call: Call) -> None:  # noqa: F811
@@ -128,7 +157,8 @@ def test_which_one_is_meant(hub: Hub, call: Call) -> None:  # noqa: F811
 
 
 def test_config_from_a_folder(hub: Hub, call: Call, tmp_path: Path) -> None:  # noqa: F811
-    ok(call("convert", f"{NAME}:Q8_0", "out", "--config-from", MICRO_LLAMA, "--quiet"))
+    source = (f"{NAME}:Q8_0", "out", "--mmproj", "none")
+    ok(call("convert", *source, "--config-from", MICRO_LLAMA, "--quiet"))
     made = (tmp_path / "out" / "tokenizer.json").read_bytes()
     assert made == (MICRO_LLAMA / "tokenizer.json").read_bytes()
     done = call("plan", "someone/micro", "--config-from", MICRO_LLAMA)
@@ -136,7 +166,7 @@ def test_config_from_a_folder(hub: Hub, call: Call, tmp_path: Path) -> None:  # 
 
 
 def test_the_card_of_a_gguf_model(hub: Hub, call: Call) -> None:  # noqa: F811
-    ok(call("convert", f"{NAME}:Q8_0", "out", "--quiet"))
+    ok(call("convert", f"{NAME}:Q8_0", "out", "--mmproj", "none", "--quiet"))
     declared = ok(call("upload", "out", "me/m", "--dry-run"))
     assert f"base_model: {NAME}\n" in declared and "license: mit\n" in declared
     assert f"requant convert {NAME}:Q8_0 OUTPUT" in declared

@@ -79,12 +79,12 @@ def plan(
     """
     options, run = read_arguments("plan", quantization, arguments)
     run.check_save_recipe(options)
-    remote = find_repository(source, run.revision)
+    remote = find_repository(source, run.revision, options.vision_part)
     if options.budget is not None:
         opened = open_source(source, remote, options.config_from)
         options = allocate_bits(opened, options, run)
         write_recipe(run, options)
-    plan = make_plan(read_source(source, remote, options.config_from), options)
+    plan = make_plan(read_source(source, remote, options.config_from, options.vision_part), options)
     if remote is None:
         return plan
     return replace(plan, notes=(*plan.notes, Note(NoteCode.DOWNLOAD, remote.download_summary())))
@@ -127,7 +127,7 @@ def convert(
     options, run = read_arguments("convert", quantization, arguments)
     run.check_save_recipe(options)
     folder = Path(output)
-    remote = find_repository(source, run.revision)
+    remote = find_repository(source, run.revision, options.vision_part)
     _check_consume_source(source, folder, remote, options, run)
 
     opened = Path(source) if remote is None else _start_download(remote, folder, options, run)
@@ -146,7 +146,7 @@ def convert(
         options = replace(options, nonfinite_layers=frozenset(recorded_nonfinite_layers(folder)))
 
     while True:
-        planned = plan_with_source(as_checkpoint(opened, options.config_from, stubs), options)
+        planned = plan_with_source(_checkpoint(opened, options, stubs), options)
         with OutputFolder(
             planned.plan,
             planned.source.opened,
@@ -230,6 +230,12 @@ def _check_consume_source(
         raise UsageError("--consume-source is for safetensors; a GGUF file goes as a whole or not")
 
 
+def _checkpoint(
+    opened: Path | Checkpoint, options: ConvertOptions, stubs: Path | None = None
+) -> Checkpoint:
+    return as_checkpoint(opened, options.config_from, stubs, options.vision_part)
+
+
 def _start_download(
     remote: Repository, output: Path, options: ConvertOptions, run: RunOptions
 ) -> Checkpoint:
@@ -253,7 +259,7 @@ def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions
         The options with the layers that stay dense because of non-finite values.
     """
     while True:
-        planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
+        planned = plan_with_source(_checkpoint(opened, options), options)
         attempt = run_once(planned, NullSink(), options, run)
         if not attempt.problems:
             return options

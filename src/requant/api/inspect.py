@@ -15,7 +15,7 @@ from requant.errors import Problem, error_action
 from requant.formats.stale_blocks import read_source
 from requant.quantization.config import PerLayerQuantization
 from requant.sources.hub_repository import find_repository
-from requant.sources.open import read_checkpoint
+from requant.sources.open import as_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,10 @@ class Inspection:
 @error_action("inspected")
 @regex_time_budget()
 def inspect(
-    source: Source, config_from: Source | None = None, revision: str | None = None
+    source: Source,
+    config_from: Source | None = None,
+    revision: str | None = None,
+    mmproj: str | None = None,
 ) -> Inspection:
     """List the content of a checkpoint; only headers and JSON are read.
 
@@ -95,6 +98,7 @@ def inspect(
         source: Folder, GGUF file, or ``org/name`` on the hub, as ``convert`` takes it.
         config_from: For GGUF, as in ``convert``.
         revision: Of a repository on the hub: branch, tag or commit.
+        mmproj: For GGUF, as in ``convert``.
 
     Returns:
         Format, layers with their encodings, sizes in bytes, and problems.
@@ -107,10 +111,9 @@ def inspect(
         >>> inspection = inspect("Llama-3-8B-AWQ")  # doctest: +SKIP
         >>> inspection.nbytes, inspection.problems  # doctest: +SKIP
     """
-    remote = find_repository(source, revision)
-    checkpoint = (
-        remote.read_headers(config_from) if remote else read_checkpoint(Path(source), config_from)
-    )
+    remote = find_repository(source, revision, mmproj)
+    found = remote.read_headers(config_from) if remote else Path(source)
+    checkpoint = as_checkpoint(found, config_from, mmproj=mmproj)
     read = read_source(checkpoint)
     layout = read.layout
     return Inspection(

@@ -34,6 +34,7 @@ from requant.execution.executor import Progress, run_plan
 from requant.execution.resources import ResourceLimits, plan_resources
 from requant.execution.sink import TensorOffsets
 from requant.formats import read_layout
+from requant.gguf.file_selection import WITHOUT
 from requant.libraries.load_check import LoadCheck, check_load
 from requant.output.record import encode_json, read_record, record_hash, version
 from requant.planning.plan import Plan
@@ -276,7 +277,10 @@ def _source(
         recorded, commit = map(str, repository)
         if name in (recorded, recorded.partition(":")[0]):  # the GGUF file may be left out
             name, revision = recorded, commit
-    return open_source(name, find_repository(name, revision), config_from)
+    recorded_options = record.get("options")
+    part = recorded_options.get("mmproj") if isinstance(recorded_options, Mapping) else None
+    mmproj = part if isinstance(part, str) else WITHOUT
+    return open_source(name, find_repository(name, revision, mmproj), config_from)
 
 
 def _repeated_plan(
@@ -302,7 +306,9 @@ def _repeated_plan(
         if recorded.statistics is None and statistics is not None:
             raise UsageError(f"--imatrix {statistics}: the output was made without statistics")
         repeated = replace(recorded, config_from=config_from, statistics=statistics)
-        planned = plan_with_source(as_checkpoint(source, config_from), repeated)
+        planned = plan_with_source(
+            as_checkpoint(source, config_from, mmproj=repeated.vision_part), repeated
+        )
     except ParseError as error:
         problems.add(f"{RECORD}: options", str(error))
         return None

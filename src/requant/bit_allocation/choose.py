@@ -62,7 +62,7 @@ def allocate_bits(
     if options.budget is None or options.recipe is not None:
         return options
     budget = parse_budget(options.budget)
-    checkpoint = as_checkpoint(source, options.config_from)
+    checkpoint = as_checkpoint(source, options.config_from, mmproj=options.vision_part)
     planned = plan_with_source(checkpoint, without_budget(options), is_trial=True)
     if check is not None:
         check(planned.plan)

@@ -157,7 +157,9 @@ def calibrate(
         config_from=config_from,
     )
     source = open_source(model, find_repository(model, revision), options.config_from)
-    planned = plan_with_source(as_checkpoint(source, options.config_from), options)
+    planned = plan_with_source(
+        as_checkpoint(source, options.config_from, mmproj=options.vision_part), options
+    )
     ids = windows_of(load_tokenizer(model, planned), texts_of(text), tokens, window, seed)
     task = _Task(planned, ids, hessian, threads, progress)
     with RunFolder(planned.plan.source, place, task.key, resume) as folder:

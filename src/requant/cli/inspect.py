@@ -30,7 +30,7 @@ from requant.errors import UsageError
 from requant.quantization.recipe_files import load_recipe, recipe_names, recipe_text
 
 
-@with_options("config_from", "revision")
+@with_options("config_from", "mmproj", "revision")
 def inspect(source: Source, *, options: TableOptions, json: Json = False) -> None:
     """Show format, layers, sizes and problems of SOURCE.
 

@@ -82,6 +82,7 @@ class NoteCode(StrEnum):
     MISSING_CHAT_TEMPLATES = "missing_chat_templates"
     IGNORED_METADATA = "ignored_metadata"
     IGNORED_WINDOW = "ignored_window"
+    VISION_PART = "vision_part"
     # Config and tensors of a quantized source.
     CONTRADICTING_BLOCKS = "contradicting_blocks"
     STALE_BLOCK = "stale_block"

@@ -92,6 +92,11 @@ class _OfConvertPlan(TypedDict, total=False):
     sound, MTP heads) under their own names instead of dropping them; a note says whether the
     library still loads the result.
     """
+    mmproj: str | None
+    """For GGUF: the file next to the model that holds its vision part, or ``none`` to convert
+    the language model alone. By default the one file with mmproj in its name, unless the layout
+    is mlx-lm's, which has no images.
+    """
     shard_size: int
     """Most bytes of one weight file."""
     save_recipe: str | os.PathLike[str] | None

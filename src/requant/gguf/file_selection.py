@@ -12,7 +12,16 @@ _KIND = re.compile(
     r"MXFP4(?:_MOE)?|NVFP4))$",
     re.IGNORECASE,
 )
-_NO_MODEL = ("mmproj", "imatrix")
+_MMPROJ = "mmproj"
+WITHOUT = "none"
+"""The value of ``--mmproj`` that takes the language model alone."""
+_NO_MODEL = (_MMPROJ, "imatrix")
+
+
+def is_mmproj_name(name: str) -> bool:
+    """Whether a file is a vision part by its name, as those of llama.cpp are."""
+    base = name.rpartition("/")[2].lower()
+    return base.endswith(SUFFIX) and _MMPROJ in base
 
 
 def gguf_models(files: Iterable[str]) -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ from requant.errors import Problem
 from requant.gguf.architectures import SCALES, Architecture, setting_of
 from requant.gguf.header import TableEntry
 from requant.gguf.metadata import Metadata
+from requant.kernels.gguf import BlockType
 from requant.text import format_value, join_first, pluralize
 
 _MAX_EXPERTS = 1 << 14
@@ -67,11 +68,8 @@ class Naming:
                     self.problems.append(Problem(f"{file}: {name}", message))
                     continue
                 stored[named] = described = self._describe(part, named)
-                info = _info(part.entry, described.shape)
-                first = part.ranges[0]
-                tensors[named] = StoredTensor(named, info, first.file, first.offset)
-                if len(part.ranges) > 1:
-                    tensors[named] = JoinedTensor(named, info, part.ranges)
+                info = stored_info(part.entry.kind, described.shape)
+                tensors[named] = place_tensor(named, info, part.ranges)
         self._note_names(unknown)
         model = GgufModel(
             self.metadata.architecture,
@@ -175,12 +173,20 @@ def _cut(entry: TableEntry, file: str, name: str, axis: int, start: int, size: i
     return _Part(part, entry.name, ranges)
 
 
-def _info(entry: TableEntry, shape: tuple[int, ...]) -> TensorInfo:
-    """Dtype and shape as stored: numbers, or bytes of blocks."""
-    if entry.kind.dtype:
-        return TensorInfo(entry.kind.dtype, shape)
-    rows = prod(shape[:-1])
-    return TensorInfo("U8", (*shape[:-1], entry.nbytes // rows))
+def place_tensor(
+    name: str, info: TensorInfo, ranges: tuple[FileRange, ...]
+) -> StoredTensor | JoinedTensor:
+    """A tensor whose bytes lie in one place, or in several one after another."""
+    if len(ranges) > 1:
+        return JoinedTensor(name, info, ranges)
+    return StoredTensor(name, info, ranges[0].file, ranges[0].offset)
+
+
+def stored_info(kind: BlockType, shape: tuple[int, ...]) -> TensorInfo:
+    """Dtype and shape of a tensor as it is stored: numbers, or bytes of blocks."""
+    if kind.dtype:
+        return TensorInfo(kind.dtype, shape)
+    return TensorInfo("U8", (*shape[:-1], shape[-1] // kind.elements * kind.nbytes))
 
 
 def _model_dtype(entries: Iterable[TableEntry], family: Architecture | None) -> str:

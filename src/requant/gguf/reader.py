@@ -25,9 +25,10 @@ from requant.core.limits import MAX_SHARDS
 from requant.core.reasons import Note, NoteCode
 from requant.errors import CheckpointError, Problem
 from requant.gguf.architectures import Architecture, family_of
-from requant.gguf.file_selection import PART, SUFFIX
+from requant.gguf.file_selection import PART, SUFFIX, WITHOUT
 from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata
+from requant.gguf.mmproj import VisionPart, choose_mmproj, is_mmproj
 from requant.gguf.model_config import make_config
 from requant.gguf.naming import Naming
 from requant.gguf.settings import Settings
@@ -46,13 +47,18 @@ _OTHER_KINDS = {  # general.type -> what it is
 
 
 def read_gguf(
-    source: Path, config_from: Path | None = None, fetch: Callable[[FileRange], bytes] | None = None
+    source: Path,
+    config_from: Path | None = None,
+    fetch: Callable[[FileRange], bytes] | None = None,
+    mmproj: str | None = None,
 ) -> Checkpoint:
-    """Read a GGUF model up to its data.
+    """Read a GGUF model up to its data, with the vision part next to it.
 
     ``source`` is a file, any part of a split one, or a folder with one model. Config and tokenizer
     are those of the folder ``config_from``, else of the metadata. ``fetch`` reads what lies behind
-    the headers, where the files hold nothing else.
+    the headers, where the files hold nothing else. ``mmproj``
+    is the file with the vision part, "none" for the language model alone, or None for the one next
+    to it, if there is one.
 
     Raises:
         CheckpointError: With everything that is wrong with it.
@@ -73,15 +79,18 @@ def read_gguf(
             headers.append(header)
     if problems or not headers:
         raise CheckpointError(str(source), problems)
-    left_out = () if is_file else tuple(_left_out(folder, names))
-    reading = _Reading(source, folder, headers, config_from, fetch)
+    others = {path.name for path in folder.iterdir()} - set(names) if mmproj != WITHOUT else ()
+    part = choose_mmproj(others, _name_in(folder, mmproj), str(source))
+    left_out = () if is_file else tuple(_left_out(folder, [*names, *([part] if part else [])]))
+    reading = _Reading(source, folder, headers, config_from, fetch, part)
     return reading.checkpoint(left_out)
 
 
-def is_mmproj(metadata: Mapping[str, Any]) -> bool:
-    """Whether a file holds what llama.cpp runs next to a model, for images and sound."""
-    architecture, kind = metadata.get("general.architecture"), metadata.get("general.type")
-    return architecture == "clip" or kind == "mmproj"
+def _name_in(folder: Path, file: str | None) -> str | None:
+    """The name of a file of a folder that is given by its path, or by its name alone."""
+    if file is None or Path(file).name == file:
+        return file
+    return Path(file).name if Path(file).resolve().parent == folder.resolve() else file
 
 
 def _parts_of(name: str) -> list[str]:
@@ -140,6 +149,7 @@ class _Reading:
     headers: list[Header]
     config_from: Path | None
     fetch: Callable[[FileRange], bytes] | None = None
+    mmproj: str | None = None
 
     def __post_init__(self) -> None:
         self.problems: list[Problem] = []
@@ -165,16 +175,24 @@ class _Reading:
             self.problems.append(Problem(self.first.file, f"holds no tensors{message}"))
             raise CheckpointError(str(self.source), self.problems)
         family = family_of(self.metadata)
+        vision = VisionPart(self.folder, self.mmproj, self.metadata) if self.mmproj else None
         naming = Naming(self.metadata, family)
         tensors, model = naming.name_all(table)
         self.problems += naming.problems
         self.notes += naming.notes
         config, files = self._config_and_files(table, family, model.dtype)
+        headers = self.headers
+        if vision is not None:
+            pair = vision.pair(tensors, model, config, files, is_taken=self.config_from is not None)
+            tensors, model, config, files = pair.tensors, pair.model, pair.config, pair.files
+            self.problems += vision.problems
+            self.notes += vision.notes
+            headers = [*headers, vision.header]
         self.problems += self.metadata.problems
         if self.problems:
             raise CheckpointError(str(self.source), self.problems)
         return Checkpoint(
-            files=tuple(SourceFile(h.file, h.nbytes, h.sha256) for h in self.headers),
+            files=tuple(SourceFile(h.file, h.nbytes, h.sha256) for h in headers),
             tensors=MappingProxyType(tensors),
             config=config,
             config_text=json.dumps(config),
@@ -259,9 +277,9 @@ class _Reading:
         return config, files
 
     def _taken(self, folder: Path) -> tuple[dict[str, Any], Files]:
-        """Config and side files of the original model; of one with other parts the text's."""
+        """Config and side files of the original model; for a language model alone the text's."""
         config, side_files = read_config(folder)
-        text = config.get("text_config")
+        text = None if self.mmproj else config.get("text_config")
         if isinstance(text, dict) and text.get("model_type"):
             inherited = ("tie_word_embeddings", "torch_dtype", "dtype", "eos_token_id")
             config = {key: config[key] for key in inherited if key in config} | text

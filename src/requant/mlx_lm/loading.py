@@ -174,7 +174,9 @@ def convert_in_memory(
     opened = open_source(source, find_repository(source, run.revision), options.config_from)
     options = allocate_bits(opened, options, run)
     while True:
-        planned = plan_with_source(as_checkpoint(opened, options.config_from), options)
+        planned = plan_with_source(
+            as_checkpoint(opened, options.config_from, mmproj=options.vision_part), options
+        )
         sink = ArraySink(planned.plan)
         attempt = run_once(planned, sink, options, run)
         if not attempt.problems:

@@ -19,6 +19,7 @@ from typing import Any
 from requant.checkpoints.folder_files import RECORD, check_folder
 from requant.checkpoints.safetensors_folder import read_json
 from requant.errors import CheckpointError, Problem
+from requant.gguf.file_selection import is_mmproj_name
 from requant.planning.plan import Plan
 from requant.text import format_value
 
@@ -77,7 +78,8 @@ def build_record(
         "plan": plan_hash,
         # A path says nothing elsewhere: what verifies against a GGUF source names it again.
         "options": dict(options)
-        | {"layout": plan.layout, "config_from": None, "statistics": _file_name(options)},
+        | {"layout": plan.layout, "config_from": None, "statistics": _file_name(options)}
+        | {"mmproj": _vision_part(plan, options)},
         "source": {
             "format": plan.format,
             "files": [asdict(file) for file in plan.files],
@@ -109,6 +111,13 @@ def _file_name(options: Mapping[str, Any]) -> str | None:
     """The statistics file's name; its SHA-256 is in the plan's hash."""
     path = options.get("statistics")
     return None if path is None else Path(path).name
+
+
+def _vision_part(plan: Plan, options: Mapping[str, Any]) -> str | None:
+    """``mmproj``: the name of the file, also where it was found next to the model."""
+    given: str | None = options.get("mmproj")
+    found = plan.files[-1].name if plan.files else ""
+    return Path(given).name if given else found if is_mmproj_name(found) else None
 
 
 def _round_errors(error: tuple[float, float] | None) -> list[float] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,16 @@ class ConvertOptions:
         help="GGUF: take config.json and tokenizer files of the original model's folder.",
         metavar="FOLDER",
     )
+    mmproj: str | None = option(
+        types.TEXT,
+        doc="For GGUF: the file next to the model that holds its vision part, or ``none`` to "
+        "convert the language model alone. By default the one file with mmproj in its name, "
+        "unless the layout is mlx-lm's, which has no images.",
+        help="GGUF: the vision part next to the model; none converts the language model alone. "
+        "Default: the one file named mmproj, if there is one.",
+        metavar="FILE",
+        functions=("convert", "plan"),
+    )
     budget: str | None = option(
         types.BUDGET,
         doc='4.5 (bits per weight) or "12GB" (bytes of all tensors): choose bits and group size '
@@ -194,6 +205,14 @@ class ConvertOptions:
             raise UsageError("choose one: dequantize, or bits, group size, mode and recipe")
         if self.gptq:
             _check_gptq(self)
+
+    @property
+    def vision_part(self) -> str | None:
+        """``mmproj`` for the reader: "none" where nothing that is written would hold images."""
+        text_only = self.layout == "mlx-lm" or (
+            self.layout == "auto" and find_spec("mlx_vlm") is None
+        )
+        return "none" if self.mmproj is None and text_only else self.mmproj
 
     @property
     def own_groups(self) -> bool:

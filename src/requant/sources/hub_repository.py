@@ -33,8 +33,9 @@ from requant.checkpoints.safetensors_header import PREFIX_BYTES, header_length
 from requant.core.limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
 from requant.core.strict_json import parse_json_object
 from requant.errors import CheckpointError, HubError, Problem, UsageError
-from requant.gguf.file_selection import gguf_models, select_model
+from requant.gguf.file_selection import WITHOUT, gguf_models, select_model
 from requant.gguf.header import header_nbytes
+from requant.gguf.mmproj import choose_mmproj
 from requant.gguf.reader import read_gguf
 from requant.sources.downloads import MAX_HELD_FILES, Downloads, download_all
 from requant.sources.hub_client import hub_errors, read_range
@@ -54,11 +55,18 @@ _STREAMS = 8  # headers that are fetched at a time
 _FETCHED_BYTES = 64 << 20  # of small tensors that are cached
 
 
-def find_repository(source: str | os.PathLike[str], revision: str | None) -> Repository | None:
+def find_repository(
+    source: str | os.PathLike[str], revision: str | None, mmproj: str | None = WITHOUT
+) -> Repository | None:
     """Return the repository that a source names, or None if it is a path.
 
     A name of the form ``org/name``, or ``org/name:Q4_K_M`` for a GGUF file of it, is a path if
     anything is there, and if huggingface_hub is not installed.
+
+    Args:
+        source: As the user named it.
+        revision: Branch, tag or commit.
+        mmproj: The vision part of a GGUF model, as ``read_gguf`` takes it.
 
     Raises:
         HubError: There is no such repository or revision, it is gated, or the hub cannot be
@@ -81,11 +89,17 @@ def find_repository(source: str | os.PathLike[str], revision: str | None) -> Rep
     pickles = "" if has_weights else describe_pickles(listing.sizes)
     if pickles:
         raise CheckpointError(name, [Problem(name, pickles)])
+    part = None
     kind = _gguf_kind(name, listing.sizes, wanted, any(x.endswith(".safetensors") for x in files))
     if kind:
         files = [*gguf_models(listing.sizes)[kind], *(x for x in (CARD,) if x in listing.sizes)]
+        below = files[0][: files[0].rfind("/") + 1]
+        others = {x.removeprefix(below) for x in listing.sizes if x.startswith(below)} - {*files}
+        part = choose_mmproj((x for x in others if "/" not in x), mmproj, f"{name}:{kind}")
+        files += [below + part] if part else []
     digests = {file: listing.digests.get(file, "") for file in files}
-    return Repository(name, listing.commit, {x: listing.sizes[x] for x in files}, digests, kind)
+    sizes = {x: listing.sizes[x] for x in files}
+    return Repository(name, listing.commit, sizes, digests, kind, part)
 
 
 def _small_file(name: str, listing: RepositoryListing, file: str) -> bytes:
@@ -120,10 +134,11 @@ def read_source(
     source: str | os.PathLike[str],
     remote: Repository | None,
     config_from: str | os.PathLike[str] | None = None,
+    mmproj: str | None = WITHOUT,
 ) -> Checkpoint:
     """Return the checkpoint of a source, as ``open_source``, for a plan: nothing is downloaded."""
     found = source if remote is None else remote.read_headers(config_from)
-    return as_checkpoint(found, config_from)
+    return as_checkpoint(found, config_from, mmproj=mmproj)
 
 
 def _gguf_kind(name: str, files: Iterable[str], wanted: str, has_safetensors: bool) -> str:
@@ -149,7 +164,8 @@ class Repository:
 
     ``sizes`` and ``digests`` are, by relative path, those of the files that a conversion reads:
     SHA-256 of those in LFS, git's id of the others, where the hub lists one. ``gguf`` is which of
-    its GGUF models is meant ("Q4_K_M"); "" for safetensors.
+    its GGUF models is meant ("Q4_K_M"); "" for safetensors. ``mmproj`` is the file next to this
+    model with its vision part.
     """
 
     def __init__(
@@ -159,9 +175,10 @@ class Repository:
         sizes: Mapping[str, int],
         digests: Mapping[str, str] | None = None,
         gguf: str = "",
+        mmproj: str | None = None,
     ) -> None:
         self.name, self.commit, self.sizes = name, commit, sizes
-        self.digests, self.gguf = digests or {}, gguf
+        self.digests, self.gguf, self.mmproj = digests or {}, gguf, mmproj
         self._fetched: dict[FileRange, bytes] = {}
 
     # -- headers -------------------------------------------------------------------------
@@ -193,7 +210,8 @@ class Repository:
             list(pool.map(partial(self._write_header_stub, folder), missing))
         if self.gguf:
             taken = None if config_from is None else Path(config_from)
-            read = partial(read_gguf, config_from=taken, fetch=self._fetch)
+            part = self.mmproj or WITHOUT
+            read = partial(read_gguf, config_from=taken, fetch=self._fetch, mmproj=part)
             return self._read_named(read, folder / next(iter(self.sizes)))
         if config_from is not None:
             raise UsageError(f"--config-from is for GGUF files; {self.name} has its own config")
