@@ -28,7 +28,7 @@ from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
 pytestmark = pytest.mark.sweep(
-    3, tests=("test_every_family", "test_mlx_vlm_loads", "test_processor")
+    3, tests=("test_every_family", "test_mlx_vlm_loads", "test_mlx_vlm_s_layout", "test_processor")
 )
 
 # Keys of config.json that say something else there, with the reason.
@@ -106,6 +106,22 @@ def test_mlx_vlm_loads(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if family != "gemma3":  # the cache of its class wants six blocks
         logits = made.language_model(mx.array([[5, 6, 9]])).logits
         assert bool(mx.all(mx.isfinite(logits)))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llava", "llava_next"])
+def test_mlx_vlm_s_layout(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` gives the pair mlx-vlm's names: the text quantized, the vision dense; it loads."""
+    pytest.importorskip("mlx_vlm.utils")
+    write_pair(tmp_path / "in", family, monkeypatch)
+    report = requant.convert(tmp_path / "in", tmp_path / "out", bits=4, group_size=32)
+    assert report.plan.layout == "mlx-vlm", note_texts(report.plan.notes)
+    targets = {x.layer: x.target for x in report.plan.layers if x.is_weight and len(x.shape) > 1}
+    quantized = {layer for layer, target in targets.items() if "4-bit" in target}
+    assert any("language_model" in layer for layer in quantized)
+    assert not any("vision" in layer for layer in quantized), quantized
+    check = requant.verify(tmp_path / "out", load=True).load
+    assert check is not None
+    assert (check.library, check.ok or check.problems) == ("mlx-vlm", True)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])

@@ -82,7 +82,7 @@ def read_gguf(
     others = {path.name for path in folder.iterdir()} - set(names) if mmproj != WITHOUT else ()
     part = choose_mmproj(others, _name_in(folder, mmproj), str(source))
     left_out = () if is_file else tuple(_left_out(folder, [*names, *([part] if part else [])]))
-    reading = _Reading(source, folder, headers, config_from, fetch, part)
+    reading = _Reading(source, folder, headers, config_from, fetch=fetch, mmproj=part)
     return reading.checkpoint(left_out)
 
 

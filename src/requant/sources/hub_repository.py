@@ -99,7 +99,7 @@ def find_repository(
         files += [below + part] if part else []
     digests = {file: listing.digests.get(file, "") for file in files}
     sizes = {x: listing.sizes[x] for x in files}
-    return Repository(name, listing.commit, sizes, digests, kind, part)
+    return Repository(name, listing.commit, sizes, digests, gguf=kind, mmproj=part)
 
 
 def _small_file(name: str, listing: RepositoryListing, file: str) -> bytes:
