@@ -190,7 +190,9 @@ def test_every_class_gets_its_own_stacks(family: str, form: str, tmp_path: Path)
     stacks, published = built
     source = Source(tmp_path / "source")
     with mx.stream(mx.cpu):
-        layout, _ = layout_in_any_form(MLX_LM, Shown(load_config(tmp_path / "source"), source.infos), Request())
+        layout, _ = layout_in_any_form(
+            MLX_LM, Shown(load_config(tmp_path / "source"), source.infos), Request()
+        )
         made = carry_out(layout, source)
     wrong = [n for n in stacks if n not in made or as_bytes(made[n]) != as_bytes(stacks[n])]
     assert wrong == []
