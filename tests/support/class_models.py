@@ -28,8 +28,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from requant.libraries import Library, Request
-from tests.support.checkpoints import write_checkpoint
 from tests.support import families as mlx_lm_families
+from tests.support.checkpoints import write_checkpoint
 from tests.support.families import COMMON
 from tests.support.mlx_lm_conversion import random_like
 from tests.support.mlx_reference import to_numpy
@@ -108,6 +108,25 @@ _CONV = {"layer_types": ["conv", "full_attention"]}
 _SIGLIP = {"vision_config": {"model_type": "siglip_vision_model"}}
 _CLIP = {"vision_config": {"model_type": "clip_vision_model"}}
 _DEEPSEEK_VIT = {"vision_config": {"model_type": "vision"}}
+_PARAKEET = {
+    "target": "nemo.collections.asr.models.rnnt_bpe_models.EncDecRNNTBPEModel",
+    "model_defaults": {"tdt_durations": [0, 1, 2, 3, 4]},
+    "preprocessor": {"sample_rate": 16000, "normalize": "per_feature", "features": 80}
+    | {"window_size": 0.025, "window_stride": 0.01, "window": "hann", "n_fft": 512, "dither": 1e-5},
+    "encoder": {"feat_in": 80, "n_layers": 2, "d_model": 128, "n_heads": 4}
+    | {"ff_expansion_factor": 4, "subsampling_factor": 8, "self_attention_model": "rel_pos"}
+    | {"subsampling": "dw_striding", "conv_kernel_size": 9, "subsampling_conv_channels": 64}
+    | {"pos_emb_max_len": 500},
+    "decoder": {"blank_as_pad": True, "vocab_size": 64}
+    | {"prednet": {"pred_hidden": 64, "pred_rnn_layers": 2}},
+    "joint": {"num_classes": 64, "vocabulary": [f"t{n}" for n in range(64)]}
+    | {"num_extra_outputs": 5}
+    | {
+        "jointnet": {"joint_hidden": 64, "activation": "relu"}
+        | {"encoder_hidden": 128, "pred_hidden": 64}
+    },
+    "decoding": {"model_type": "tdt", "durations": [0, 1, 2, 3, 4], "greedy": {}},
+}
 
 # What families need beyond the common sizes.
 OWN: dict[str, dict[str, dict[str, Any]]] = {
@@ -121,8 +140,8 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "deepseekocr_2": _DEEPSEEK_VIT,
         "gemma3n": {"text_config": {"intermediate_size": [128] * 4}},
         "glm4v_moe": {"text_config": {"rope_parameters": {"rope_theta": 10000.0}}},
-        "glm5_next": {"num_key_value_heads": 4},
-        "mimo_v2": mlx_lm_families.OWN["mimo_v2_flash"],
+        "glm5_next": {"text_config": {"num_key_value_heads": 4}, "num_key_value_heads": 4},
+        "mimo_v2": {"text_config": mlx_lm_families.OWN["mimo_v2_flash"]},
         "paddleocr_vl": {"text_config": {"head_dim": 32, "hidden_act": "silu", "use_bias": False}},
         "gemma3": {"mm_tokens_per_image": 16, "vision_config": {"image_size": 224}},
         "internvl_chat": _SIGLIP,
@@ -138,7 +157,13 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "llava_next": _CLIP | {"text_config": {"model_type": "llama"}},
         "olmo3": _BOTH,
     },
+    "mlx-audio": {"parakeet": _PARAKEET},
+    "mlx-embeddings": {"lfm2": _CONV},
 }
+
+
+# Folders by whose names a library knows a size.
+FOLDERS = {"siglip": "siglip-base-patch14-56"}
 
 
 def families(library: Library) -> list[str]:
@@ -391,15 +416,15 @@ def pytorch_convolutions(model: nn.Module, tensors: Mapping[str, mx.array]) -> d
     """The tensors with those of convolutions as PyTorch stores them."""
     result = dict(tensors)
     for path, module in model.named_modules():
-        name = f"{path}.weight"
         kind = type(module).__name__
-        if name not in result or not kind.startswith("Conv"):
-            continue
-        last = result[name].ndim - 1
-        if kind.startswith("ConvTranspose"):  # [out, k, in] is [in, out, k] there
-            result[name] = mx.moveaxis(mx.swapaxes(result[name], 0, last), last, 1)
-        else:  # [out, k, in] is [out, in, k]
-            result[name] = mx.moveaxis(result[name], last, 1)
+        for role in ("weight", "weight_g", "weight_v") if "Conv" in kind else ():
+            array = result.get(f"{path}.{role}")
+            if array is None or array.ndim < 3:
+                continue
+            last = array.ndim - 1
+            if "ConvTranspose" in kind:  # [out, k, in] is [in, out, k] there
+                array = mx.swapaxes(array, 0, last)
+            result[f"{path}.{role}"] = mx.moveaxis(array, last, 1)  # [out, k, in]: [out, in, k]
     return result
 
 
@@ -429,21 +454,34 @@ def class_checkpoint(
         LookupError: The package has no class of that kind.
         ValueError: It would not be small, or the library does not take such tensors.
     """
-    config, model = _built(library, package, folder, own or {})
+    built = _built(library, package, folder, own or {})
+    reasons = []
+    for config, known in (built, (tied(built[0]), None)):
+        model = known or class_model(library, config, folder)
+        for form in _forms(model):
+            reasons.append(accepts(library, folder, form))
+            if not reasons[-1]:
+                arrays = {name: to_numpy(array) for name, array in form.items()}
+                write_checkpoint(folder, arrays, config, metadata={"format": "pt"})
+                return config
+    raise ValueError(f"not taken: {reasons[0]}")
+
+
+def _forms(model: nn.Module) -> Iterator[dict[str, mx.array]]:
+    """Random tensors for a model, as checkpoints may have them."""
     tensors = {}
     for name, array in tree_flatten(model.parameters()):
         floating = mx.issubdtype(array.dtype, mx.floating)
         tensors[name] = random_like(name, array.shape) if floating else array
-    forms = [pytorch_convolutions(model, tensors), tensors]
-    forms += [without_prefix(form, x) for x in PREFIXES for form in forms]
-    reasons = []
-    for form in forms:
-        reasons.append(accepts(library, folder, form))
-        if not reasons[-1]:
-            arrays = {name: to_numpy(array) for name, array in form.items()}
-            write_checkpoint(folder, arrays, config, metadata={"format": "pt"})
-            return config
-    raise ValueError(f"not taken: {reasons[1]}")
+    pytorch = pytorch_convolutions(model, tensors)
+    head = next((name for name in tensors if name.endswith("lm_head.weight")), None)
+    if head is not None:  # some rules make the head of the embedding, whatever there is
+        yield {name: array for name, array in pytorch.items() if name != head}
+    yield pytorch
+    yield tensors
+    for prefix in PREFIXES:
+        yield without_prefix(pytorch, prefix)
+        yield without_prefix(tensors, prefix)
 
 
 # What the rules of some classes put before the names that are published.

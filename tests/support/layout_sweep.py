@@ -32,13 +32,11 @@ class Row:
     Attributes:
         family: The package's last name.
         not_built: Why no small checkpoint could be made of its class; "" if one was.
-        form: Whose names and shapes the checkpoint has.
         modes: Mode -> what came of it, the fields of ``library_conversion.Compared``.
     """
 
     family: str
     not_built: str = ""
-    form: str = "class"
     modes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -127,29 +125,70 @@ class _Worker:
         self._process.communicate()
 
 
+def packages_of(library_name: str) -> list[str]:
+    """Full names of the packages of a library's models, some of which may hold none."""
+    from requant.libraries import LIBRARIES
+    from tests.support.class_models import families
+    from tests.support.families import model_types
+    from tests.support.hub_forms import FORMS
+
+    if library_name != "mlx-lm":
+        return families(LIBRARIES[library_name])
+    types = model_types()
+    return [*types, *(x + PUBLISHED for x in FORMS if x in types)]
+
+
+PUBLISHED = " (published)"
+
+
+def _write_source(library_name: str, package: str, source: Path) -> None:
+    """Write a small checkpoint of a model.
+
+    Those of mlx-lm have configs and published forms that were written by hand.
+    """
+    import mlx.core as mx
+
+    from requant.libraries import LIBRARIES
+    from tests.support import class_models, mlx_lm_conversion
+    from tests.support.families import small_config
+    from tests.support.hub_forms import FORMS
+
+    if library_name != "mlx-lm":
+        class_models.class_checkpoint(LIBRARIES[library_name], package, source)
+        return
+    family = package.removesuffix(PUBLISHED)
+    config = small_config(family)
+    mlx_lm_conversion.class_checkpoint(source, config)
+    if package != family:
+        weights = mx.load(str(source / "model.safetensors"))
+        mx.eval(weights)
+        mlx_lm_conversion.write_mlx_checkpoint(source, config, FORMS[family][0](weights))
+
+
 def examined(library_name: str, package: str, every: bool) -> Row:
     """The result for one model, in this process."""
     from requant.libraries import LIBRARIES
     from requant.quantization.config import Quantization
-    from tests.support.class_models import class_checkpoint, quiet
+    from tests.support.class_models import FOLDERS, quiet
     from tests.support.library_conversion import convert_both_ways, first_line
 
     library = LIBRARIES[library_name]
     row = Row(package.rpartition(".")[2])
+    affine = Quantization.affine(32 if library_name == "mlx-lm" else 64, 4)
     quantizations = {"mxfp4": Quantization(32, 4, "mxfp4"), "nvfp4": Quantization(16, 4, "nvfp4")}
     with tempfile.TemporaryDirectory() as name:
-        source = Path(name) / "source" / row.family
+        folder = FOLDERS.get(row.family, row.family).removesuffix(PUBLISHED)
+        source = Path(name) / "source" / folder
         try:
             with quiet():
-                class_checkpoint(library, package, source)
+                _write_source(library_name, package, source)
         except (Exception, SystemExit) as error:
-            row.not_built = first_line(error)
+            row.not_built = first_line(error).replace(name, "")
             return row
         for mode in modes_of(row.family, library.recipes, every):
             recipe = mode if mode in library.recipes else None
-            quantization = quantizations.get(mode, Quantization.affine(64, 4))
-            work = Path(name) / mode
-            result = convert_both_ways(library, source, work, quantization, recipe)
+            quantization = quantizations.get(mode, affine)
+            result = convert_both_ways(library, source, Path(name) / mode, quantization, recipe)
             for error in ("library_error", "requant_error", "load_error", "own_load_error"):
                 setattr(result, error, getattr(result, error).replace(name, ""))
             row.modes[mode] = asdict(result)

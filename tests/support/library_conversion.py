@@ -13,7 +13,6 @@ from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 import requant
 from requant.checkpoints.checkpoint import ComputedTensor
