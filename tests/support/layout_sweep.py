@@ -1,4 +1,4 @@
-"""Every model of a library: converted by requant and by the library itself, in a process of its own.
+"""Every model of a library: converted by requant and by the library, in a process of its own.
 
 ``python -m tests.support.layout_sweep LIBRARY`` reads names of packages, one a line, and answers
 each with a line of JSON: some packages end the process that imports them, so the caller can start
