@@ -203,6 +203,9 @@ TABLES = {
     "logit_scale": np.ones((), np.float32),
     "attn.logit_scale": np.ones((4, 1, 1), np.float32),
     "router.per_expert_scale": np.ones(4, BF16),
+    "network.7.0.layer_scale_2": np.ones((1, 1, 128), BF16),
+    "mlp.global_scale": np.ones(1, BF16),
+    "head.global_scale": np.ones(1, BF16),  # next to a matrix, as Inkling's router
     "layer_scale_parameter": np.ones((128, 1, 1), BF16),
 }
 

@@ -48,8 +48,11 @@ _WORDS: Final = {
 }
 # Words that mean nothing unless "weight" comes before them.
 _OF_WEIGHTS: Final = {"shift": Role.ZERO, "zp": Role.ZERO, "amax": Role.SCALE, "shape": Role.OTHER}
-# Words that parameters of dense models bear too: RMSNorm's scale, CLIP's logit_scale.
-_COMMON: Final = frozenset({"scale", "scales", "zero", "zeros", "biases"})
+# Words that parameters of dense models bear too: RMSNorm's scale, CLIP's logit_scale, the factor
+# of Inkling's router (gate.global_scale), FastVLM's layer_scale_2.
+_COMMON: Final = frozenset(
+    {"scale", "scales", "global_scale", "scale_2", "scales_2", "zero", "zeros", "biases"}
+)
 _LONGEST_FIRST: Final = tuple(sorted(_WORDS | _OF_WEIGHTS, key=len, reverse=True))
 _JOINTS: Final = ("._", ".", "_")
 _WEIGHTS: Final = tuple(f"{a}weight{b}" for a in _JOINTS for b in ("_quantizer", ""))

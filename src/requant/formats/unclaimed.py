@@ -182,7 +182,7 @@ class _Unclaimed:
         siblings = [
             found
             for found in self.names.siblings(name)
-            if found.is_certain or (matrix and found.role is not Role.OFFSET)
+            if found.is_certain or (matrix and found.role not in (Role.OFFSET, Role.TENSOR_SCALE))
         ]
         if not siblings:
             return

@@ -137,6 +137,8 @@ def _succeeds(
 
 def _variants(checkpoint: Checkpoint, layout: SourceLayout, pair: Pair | None) -> Iterator[Variant]:
     """The variants that the class is given, one after another, until it loads one."""
+    if pair is not None and pair.head is None:
+        yield Variant(checkpoint, layout)  # its head may have another name
     yield agreed(checkpoint, layout)
     if pair is None:
         return
@@ -146,7 +148,6 @@ def _variants(checkpoint: Checkpoint, layout: SourceLayout, pair: Pair | None) -
     if pair.head is None:
         if has_scores(checkpoint.config):
             yield _tied(unchanged, pair, everywhere)
-            yield unchanged
             for path in _head_paths(pair.embedding):
                 yield _with_copy(unchanged, pair.embedding, path, everywhere)
         return

@@ -93,8 +93,9 @@ def _why_nothing(selector: TargetSelector, decisions: Iterable[LayerDecision]) -
     paths = defaultdict[str, list[str]](list)
     for decision in decisions:
         layer, target, reason = decision.layer, decision.target, decision.reason
-        if target is not None and _is_requested(selector, layer.path, target):
-            return ""
+        by_library = selector.library_layout is not None and not layer.is_quantized
+        if target and (by_library or _is_requested(selector, layer.path, target)):
+            return ""  # a class may choose other bits for every layer
         if layer.is_weight:
             text = reason.text if reason else _NO_REASON if target is None else "keeps its codes"
             paths[text].append(layer.path)

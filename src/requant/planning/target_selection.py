@@ -108,9 +108,11 @@ class TargetSelector:
 
     def _recipe_targets(self) -> dict[str, LayerTarget]:
         """The recipe's target of each layer that it names."""
-        recipe = self.options.recipe
+        recipe, library = self.options.recipe, self.library_layout
         if recipe is None:
             return {}
+        if library is not None and recipe.name in library.library.recipes:  # it has applied it
+            return {path: LayerTarget(x, False, 0) for path, x in library.targets.items()}
         paths = [layer.path for layer in self.layout.layers if layer.is_weight]
         if not recipe.is_builtin:
             for pattern in recipe.unmatched_patterns(paths):
@@ -243,11 +245,7 @@ def _library_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecisi
     if own is None:
         reason = library.dense_reasons.get(layer.path, reason)
         own = layer.default_target if layer.is_quantized else None
-    recipe = selector.options.recipe
-    is_mixed = (
-        recipe is not None and recipe.name in library.library.recipes
-    )  # the library has applied it
-    if choice is None or not isinstance(choice.spec, Quantization) or is_mixed:
+    if choice is None or not isinstance(choice.spec, Quantization) or choice.spec == own:
         return LayerDecision(layer, own, reason)
     if own is None and not (choice.explicit and layer.path in library.quantizable):
         return LayerDecision(layer, own, reason)
