@@ -270,6 +270,8 @@ class _Conversion:
             return UnknownModelError(
                 f"{self.library.name} has no class for model_type {model_type!r}", self.library.name
             )
+        if "NoneType" in explained and (null := [*_null_keys(self.shown.config)]):
+            explained += f"; null in config.json: {join_first(null, 5)}"
         result = LayoutError(f"{self.library.name}, {doing} {model_type}: {explained}")
         result.class_names = class_names
         return result
@@ -368,6 +370,16 @@ _ERRORS: tuple[tuple[type[BaseException], str, str | None], ...] = (
     ),
     (KeyError, r"", "the tensor or setting {0} is missing"),
     (
+        AttributeError,
+        r"'\w+' object has no attribute|object is not",
+        "a setting of config.json may be missing or of another type ({0})",
+    ),
+    (
+        TypeError,
+        r"'NoneType'",
+        "a setting of config.json may be missing or of another type ({0})",
+    ),
+    (
         Exception,
         r"during function transformations",
         "its rule looks at values, which a plan from headers does not have",
@@ -388,6 +400,15 @@ def _explain(error: BaseException, folder: Path) -> str | None:
             groups = (pluralize(int(x), "tensor") if x.isdigit() else x for x in match.groups())
             return None if template is None else template.format(message, *groups)
     return message
+
+
+def _null_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of a config whose value is null, those of its sections with a dot."""
+    for key, value in config.items():
+        if value is None:
+            yield key
+        elif isinstance(value, Mapping):
+            yield from (f"{key}.{inner}" for inner in _null_keys(value))
 
 
 def _modules(model: Module) -> dict[str, Module]:

@@ -115,6 +115,8 @@ def find_library(folder: Path) -> str:
     missing = []
     for library in order:
         if _is_installed(library):
+            if LIBRARIES[library].missing_class_reason(config):
+                continue  # found without importing it
             with contextlib.suppress(CheckpointError), quiet():
                 _find_class(folder, library, config)
                 return library
