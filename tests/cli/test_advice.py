@@ -78,7 +78,7 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
     "dtype": ("--dtype f16", "'float16'", "--dtype float16"),
     "search": ("--search most", "'best'", "--search best"),
     "layout": ("--layout mlx", "'mlx-lm'", "--layout mlx-lm"),
-    "a recipe": ("--recipe mixed_3_7", "mixed_3_6", "--recipe mixed_3_6"),
+    "a recipe": ("--recipe mixed_36", "mixed_3_6", "--recipe mixed_3_6"),
     "config-from": ("--config-from .", "is for GGUF sources", ""),
     "revision": ("--revision main", "is for repositories on the hub", ""),
     "two options": ("--dequantize --bits 4", "choose one: dequantize, or bits", "--dequantize"),

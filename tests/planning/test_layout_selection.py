@@ -1,16 +1,28 @@
 """Which layout a checkpoint gets, and what is said where that is not mlx-lm's."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from requant.api.convert import plan
 from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.reasons import NoteCode
 from requant.errors import CheckpointError
 from requant.formats import read_layout
-from requant.planning.layout_selection import LayoutResult, choose_layout, why_not_mlx_lm
+from requant.layouts.relayout import LibraryLayoutError
+from requant.libraries import LIBRARIES, Library
+from requant.planning import layout_selection
+from requant.planning.layout_selection import (
+    LayoutResult,
+    candidates,
+    choose_layout,
+    why_not_mlx_lm,
+)
 from requant.quantization.options import ConvertOptions
 from requant.sources.open import read_checkpoint
 from tests.support.checkpoints import write_folder
+from tests.support.library_models import write_model
 
 TENSORS = {"model.up.weight": ("BF16", [64, 128]), "model.norm.weight": ("BF16", [128])}
 NO_CLASS = "mlx-lm has no class for model_type 'no_such_model'"
@@ -46,3 +58,89 @@ def test_mlx_lm_s_layout_or_none(checkpoint: Checkpoint) -> None:
     with pytest.raises(CheckpointError, match="Without mlx-lm's class") as caught:
         choose(checkpoint, "mlx-lm")
     assert [problem.where for problem in caught.value.problems] == ["--layout mlx-lm"]
+
+
+# -- which libraries are tried under ``auto`` ---------------------------------------------------
+VISION = "model.visual.blocks.0.attn.qkv.weight"
+SOUND = "audio_tower.layers.0.fc1.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CAUSAL = {"architectures": ["Qwen3ForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "expected"),
+    [
+        ([EMBEDDING, HEAD], CAUSAL, ["mlx-lm", "mlx-audio"]),
+        ([EMBEDDING], CAUSAL, ["mlx-lm", "mlx-audio"]),
+        (["embed_tokens.weight"], CAUSAL, ["mlx-lm", "mlx-audio", "mlx-embeddings"]),
+        ([EMBEDDING], {}, ["mlx-lm", "mlx-audio", "mlx-embeddings"]),
+        ([EMBEDDING, HEAD, VISION], {}, ["mlx-vlm", "mlx-audio", "mlx-lm"]),
+        ([EMBEDDING, HEAD, SOUND], {}, ["mlx-audio", "mlx-vlm", "mlx-lm"]),
+        ([EMBEDDING, VISION], {}, ["mlx-vlm", "mlx-audio", "mlx-lm", "mlx-embeddings"]),
+    ],
+)
+def test_candidates(
+    names: list[str],
+    config: dict[str, object],
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With every library installed and with a class for the model."""
+    monkeypatch.setattr(Library, "missing_class_reason", lambda *_: "")
+    tensors = {name: ("BF16", [128, 64]) for name in names}
+    source = write_folder(tmp_path / "source", {"model.safetensors": tensors}, config=config)
+    layout = read_layout(read_checkpoint(source))[1]
+    assert [library.name for library in candidates(config, layout)] == expected
+
+
+def rejecting(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """Let one library have a class and reject every model, and the others have none."""
+    reasons = {x: "" if x == library else f"{x} has no class" for x in LIBRARIES}
+    monkeypatch.setattr(Library, "missing_class_reason", lambda x, _: reasons[x.name])
+
+    def relayout(checkpoint: Checkpoint, _: object, library: Library, __: object) -> None:
+        raise LibraryLayoutError(checkpoint, library, f"{library.name} says no")
+
+    monkeypatch.setattr(layout_selection, "_relayout", relayout)
+
+
+@pytest.mark.parametrize("library", ["mlx-vlm", "mlx-audio"])
+def test_a_library_that_rejects_says_why(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names stay, and both reasons are given."""
+    rejecting(monkeypatch, library)
+    tensors = {name: ("BF16", [128, 64]) for name in (VISION, SOUND)}
+    source = write_folder(tmp_path / "source", {"model.safetensors": tensors}, config={})
+    chosen = choose(read_checkpoint(source), "auto")
+    assert chosen.relayout is None
+    assert chosen.rejection == "mlx-lm says no"
+    texts = [x.text for x in chosen.notes if x.code is NoteCode.LIBRARY_REJECTED]
+    assert texts == [f"{library} does not take this model: {library} says no."]
+
+
+def test_a_missing_library_that_keeps_towers_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Library, "folder", None)
+    tensors = {VISION: ("BF16", [128, 64])}
+    source = write_folder(tmp_path / "source", {"model.safetensors": tensors}, config={})
+    chosen = choose(read_checkpoint(source), "auto")
+    assert [x.text for x in chosen.notes][:1] == [
+        "mlx-vlm is not installed (pip install 'requant[vlm]')."
+    ]
+
+
+def test_text_only_is_the_first_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the plan: mlx-lm drops the tower, and the extra that keeps it is named."""
+    pytest.importorskip("mlx_lm")
+    write_model("mlx-vlm", tmp_path)
+    monkeypatch.setitem(sys.modules, "mlx_vlm", None)
+    made = plan(tmp_path, bits=4)
+    assert made.layout == "mlx-lm"
+    assert made.notes[0].code is NoteCode.TEXT_ONLY
+    assert made.notes[0].text == (
+        "Text only: mlx-lm's class drops the towers for images; "
+        "mlx-vlm keeps them (pip install 'requant[vlm]')."
+    )

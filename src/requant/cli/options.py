@@ -146,7 +146,7 @@ _PREVIEW = "Print the model card and the files; upload nothing."
 _REPOSITORY = "Repository on the hub, org/name; org/ is completed to org/NAME-4bit and the like."
 _UPLOAD = (
     "Upload OUTPUT to the hub when it is done: org/name, or org/ for org/NAME-4bit, -6bit, "
-    "-mxfp4, -bf16, ... with the name of SOURCE."
+    "-mxfp4, -bf16, ... with the name of SOURCE. --force also replaces a README.md there."
 )
 _BRANCH = "Upload to this branch, created from main if it does not exist."
 _PULL_REQUEST = "Open a pull request with the upload instead of a commit to main."

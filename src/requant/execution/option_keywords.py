@@ -107,7 +107,7 @@ class _OfConvert(TypedDict, total=False):
     """Options of ``convert``."""
 
     force: bool
-    """Replace an existing output folder."""
+    """Replace an existing output."""
     resume: bool
     """Resume the same conversion after a stop; False starts over."""
     consume_source: bool

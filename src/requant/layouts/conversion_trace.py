@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 import json
-import logging
 import re
 import shutil
 import tempfile
@@ -28,7 +26,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import mlx.core as mx
 import mlx.nn
@@ -40,8 +37,9 @@ from requant.core.reasons import Reason, ReasonCode
 from requant.errors import RequantError, UsageError
 from requant.layouts.byte_moves import Traced
 from requant.layouts.expert_forms import Adapter
-from requant.layouts.tracer import trace, tracing_lock
+from requant.layouts.tracer import trace
 from requant.libraries import LayoutError, Library, Request, UnknownModelError
+from requant.libraries.surroundings import lock, offline, quiet, replaced
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import join_first, one_line, pluralize
 
@@ -143,7 +141,7 @@ def run(
         count, names = pluralize(len(unreadable), "tensor"), join_first(unreadable, 10)
         raise LayoutError(f"MLX cannot load {count}, so {library.name} cannot: {names}")
     conversion = _Conversion(library, shown, request, adapt)
-    with tracing_lock:
+    with lock:
         placeholders = {
             name: mx.zeros(x.shape, MLX_DTYPE[x.dtype]) for name, x in shown.tensors.items()
         }
@@ -170,7 +168,8 @@ class _Conversion:
         # hexadecimal name. The folder lives as long as the rule can be run.
         folder = Path(tempfile.gettempdir()) / uuid.uuid4().hex
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._source = folder / shown.name
+        # The libraries take the path for a pattern of glob, in which a name may have brackets.
+        self._source = folder / re.sub(r"[^\w.+ -]", "-", shown.name)
         self._write_source()
 
     def _write_source(self) -> None:
@@ -216,6 +215,8 @@ class _Conversion:
             if not root:  # a quantized source gets its layers before its weights
                 quantize(model, *args, **kwargs)
                 return
+            if model is not root[0]:
+                raise LayoutError(f"{self.library.name} quantizes a part of the model by itself")
             made.dtypes = {name: x.dtype for name, x in _infos(model.parameters()).items()}
             before = _modules(model)
             widths = {p: m.weight.shape[-1] for p, m in before.items() if "weight" in m}
@@ -242,7 +243,6 @@ class _Conversion:
 
     def _convert(self, output: Path | None = None) -> None:
         """Run the library's convert, silently; what it raises becomes a LayoutError."""
-        said = io.StringIO()
         created: list[Module] = []
         init = _nn.Module.__init__
 
@@ -251,13 +251,8 @@ class _Conversion:
                 created.append(module)  # the model itself: its parts are created in its constructor
             init(module)
 
-        logging.disable(logging.ERROR)
         try:
-            with (
-                contextlib.redirect_stdout(said),
-                contextlib.redirect_stderr(said),
-                mock.patch.object(_nn.Module, "__init__", watch_init),
-            ):
+            with quiet(), offline(), replaced(_nn.Module, "__init__", watch_init):
                 self.library.convert(self._source, output or self._source / "none", self.request)
         except RequantError:
             raise
@@ -265,18 +260,18 @@ class _Conversion:
             names = tuple(_infos(created[0].parameters())) if created else ()
             doing = "loading" if output is None else "converting"
             raise self._as_layout_error(error, doing, names) from error
-        finally:
-            logging.disable(logging.NOTSET)
 
     def _as_layout_error(
         self, error: BaseException, doing: str, class_names: tuple[str, ...]
     ) -> RequantError:
         model_type = self.shown.config.get("model_type")
-        explained = _explain(error)
+        explained = _explain(error, self._source)
         if explained is None:
             return UnknownModelError(
                 f"{self.library.name} has no class for model_type {model_type!r}", self.library.name
             )
+        if "NoneType" in explained and (null := [*_null_keys(self.shown.config)]):
+            explained += f"; null in config.json: {join_first(null, 5)}"
         result = LayoutError(f"{self.library.name}, {doing} {model_type}: {explained}")
         result.class_names = class_names
         return result
@@ -294,9 +289,9 @@ class _Conversion:
             return dict(self.adapt(dict(weights)))
 
         every = {(mx, "load"): load, (mx, "eval"): lambda *_: None, **patches}
-        with tracing_lock, contextlib.ExitStack() as stack:
+        with lock, contextlib.ExitStack() as stack:
             for (owner, name), function in every.items():
-                stack.enter_context(mock.patch.object(owner, name, function))
+                stack.enter_context(replaced(owner, name, function))
             yield
 
     def _check_names(self, model: Module, given: Mapping[str, mx.array], *, strict: bool) -> None:
@@ -375,6 +370,16 @@ _ERRORS: tuple[tuple[type[BaseException], str, str | None], ...] = (
     ),
     (KeyError, r"", "the tensor or setting {0} is missing"),
     (
+        AttributeError,
+        r"'\w+' object has no attribute|object is not",
+        "a setting of config.json may be missing or of another type ({0})",
+    ),
+    (
+        TypeError,
+        r"'NoneType'",
+        "a setting of config.json may be missing or of another type ({0})",
+    ),
+    (
         Exception,
         r"during function transformations",
         "its rule looks at values, which a plan from headers does not have",
@@ -383,15 +388,27 @@ _ERRORS: tuple[tuple[type[BaseException], str, str | None], ...] = (
 )
 
 
-def _explain(error: BaseException) -> str | None:
-    """What an exception of a library or MLX means for a checkpoint; else its text in one line."""
-    message = one_line(error)
+def _explain(error: BaseException, folder: Path) -> str | None:
+    """What an exception of a library or MLX means for a checkpoint; else its text in one line.
+
+    The temporary folder, which no reader knows, is called by its name alone.
+    """
+    message = one_line(error).replace(str(folder), folder.name)
     for kind, pattern, template in _ERRORS:
         match = re.search(pattern, message)
         if match is not None and isinstance(error, kind):
             groups = (pluralize(int(x), "tensor") if x.isdigit() else x for x in match.groups())
             return None if template is None else template.format(message, *groups)
     return message
+
+
+def _null_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of a config whose value is null, those of its sections with a dot."""
+    for key, value in config.items():
+        if value is None:
+            yield key
+        elif isinstance(value, Mapping):
+            yield from (f"{key}.{inner}" for inner in _null_keys(value))
 
 
 def _modules(model: Module) -> dict[str, Module]:

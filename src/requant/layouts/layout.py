@@ -13,8 +13,8 @@ from requant.layouts.byte_moves import Traced
 from requant.layouts.conversion_trace import HEADER_NAME, MLX_DTYPE, Decisions, Rule, Shown, run
 from requant.layouts.expert_forms import Adapter
 from requant.layouts.outputs import BATCH_BYTES, ByteCopy, ComputedByRule
-from requant.layouts.tracer import tracing_lock
 from requant.libraries import LayoutError, Library, Request
+from requant.libraries.surroundings import lock
 from requant.text import join_first, pluralize
 
 __all__ = ["LibraryLayout", "Request", "Shown", "library_layout"]
@@ -165,7 +165,7 @@ class _Computer:
 
     def _run(self, names: tuple[str, ...], load: Callable[[str], mx.array]) -> dict[str, mx.array]:
         needed = {source for name in names for source in self._outputs[name].inputs}
-        with tracing_lock, mx.stream(mx.cpu):
+        with lock, mx.stream(mx.cpu):
             weights = {
                 name: load(name) if name in needed else mx.zeros(info.shape, MLX_DTYPE[info.dtype])
                 for name, info in self._tensors.items()

@@ -10,7 +10,6 @@ process, and a rule that does not agree is not used.
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import numpy as np
 
 from requant.layouts.byte_moves import BYTE_MOVE_RULES, ByteMoveRule, Traced
 from requant.layouts.outputs import Extent
+from requant.libraries.surroundings import lock, replaced
 
 
 def trace(
@@ -110,9 +110,6 @@ class _Graph:
 
 # -- what MLX cannot export ------------------------------------------------------------------
 
-tracing_lock = threading.RLock()
-"""Held while functions of MLX are replaced, which concerns the whole process."""
-
 
 def _identity(a: mx.array, *_: Any, **__: Any) -> mx.array:
     """Replace ``mx.contiguous``, which changes strides and no values."""
@@ -130,14 +127,8 @@ def _traceable() -> Iterator[None]:
 
     The results have the right shapes, dtypes and dependencies; their values are never computed.
     """
-    with tracing_lock:
-        kept = {"contiguous": mx.contiguous, "from_fp8": mx.from_fp8}
-        mx.contiguous, mx.from_fp8 = _identity, _cast
-        try:
-            yield
-        finally:
-            for name, function in kept.items():
-                setattr(mx, name, function)
+    with lock, replaced(mx, "contiguous", _identity), replaced(mx, "from_fp8", _cast):
+        yield
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from requant.errors import RequantError
+from requant.libraries.surroundings import replaced
 from requant.quantization.config import Quantization
 from requant.quantization.options import DTYPES
 from requant.text import format_value
@@ -150,7 +150,7 @@ class Library:
                 convert = importlib.import_module(f"{self.package}.convert").convert
                 for module, name in self.stubs:
                     owner = importlib.import_module(module)
-                    stack.enter_context(mock.patch.object(owner, name, lambda *_, **__: _Nothing()))
+                    stack.enter_context(replaced(owner, name, lambda *_, **__: _Nothing()))
             except Exception as error:  # mlx-lm raises limits of the process while it is imported
                 raise LayoutError(f"{self.name} cannot be imported ({error})") from error
             convert(str(source), str(output), **arguments)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from requant.libraries.loading import Module, cpu, quiet
+from requant.libraries.loading import Module
 from requant.libraries.sample_inputs import TOKENS, Sample, SampleInputs
+from requant.libraries.surroundings import cpu, quiet
 from requant.text import one_line, pluralize
 
 if TYPE_CHECKING:

@@ -8,9 +8,6 @@ get a tensor of its shape, and each tensor a parameter.
 from __future__ import annotations
 
 import contextlib
-import io
-import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +21,14 @@ from requant.checkpoints.safetensors_folder import read_json
 from requant.core.types import Source
 from requant.errors import CheckpointError, Problem
 from requant.libraries import LIBRARIES
+from requant.libraries.surroundings import (
+    cpu,
+    lock,
+    offline,
+    quiet,
+    replaced,
+    without_checkpoint_code,
+)
 from requant.text import format_value, join_first, one_line
 
 if TYPE_CHECKING:
@@ -65,11 +70,11 @@ def _load_audio(utils: Any, folder: Path) -> Module:
     def without_hook(**arguments: Any) -> Any:
         package, model_type = find(**arguments)
         hooks.enter_context(
-            _replaced(package.Model, "post_load_hook", staticmethod(lambda model, _: model))
+            replaced(package.Model, "post_load_hook", staticmethod(lambda model, _: model))
         )
         return package, model_type
 
-    with contextlib.ExitStack() as hooks, _replaced(utils, "get_model_class", without_hook):
+    with contextlib.ExitStack() as hooks, replaced(utils, "get_model_class", without_hook):
         return utils.load_model(folder)
 
 
@@ -110,6 +115,8 @@ def find_library(folder: Path) -> str:
     missing = []
     for library in order:
         if _is_installed(library):
+            if LIBRARIES[library].missing_class_reason(config):
+                continue  # found without importing it
             with contextlib.suppress(CheckpointError), quiet():
                 _find_class(folder, library, config)
                 return library
@@ -158,12 +165,12 @@ def load(
     """
     config = _config(folder)
     check_installed(folder, library)
-    with _lock, quiet():
+    with lock, quiet():
         utils = _find_class(folder, library, config)  # imports: streams are of the default device
         device = cpu() if on_cpu else contextlib.nullcontext()
         with (
             device,
-            _offline(),
+            offline(),
             without_checkpoint_code(),
             _weights_from_memory(weights),
             _watched() as watched,
@@ -258,7 +265,7 @@ def _watched() -> Iterator[_Watched]:
         watched.calls.append((module, _shapes(_flatten(module)), _shapes(pairs)))
         return original(module, pairs, strict=False)
 
-    with _replaced(base, "load_weights", load_weights):
+    with replaced(base, "load_weights", load_weights):
         yield watched
 
 
@@ -270,7 +277,7 @@ def _weights_from_memory(weights: Mapping[str, mx.array] | None) -> Iterator[Non
     if weights is None:
         yield
         return
-    with _replaced(mx, "load", lambda *_, **__: dict(weights)):
+    with replaced(mx, "load", lambda *_, **__: dict(weights)):
         yield
 
 
@@ -282,84 +289,3 @@ def _flatten(module: Module) -> list[tuple[str, mx.array]]:
 
 def _shapes(pairs: Sequence[tuple[str, mx.array]]) -> Shapes:
     return {name: tuple(array.shape) for name, array in pairs}
-
-
-# -- the library's surroundings ----------------------------------------------------------------
-
-_lock = threading.RLock()  # held while functions of MLX and of the libraries are replaced
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute of a module or a class; one that it lacks is not added."""
-    if not hasattr(owner, name):
-        yield
-        return
-    own = vars(owner).get(name)  # None: inherited
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
-
-
-@contextmanager
-def cpu() -> Iterator[None]:
-    """Run MLX on the CPU, with the kernels that classes choose for it.
-
-    Nothing is compiled, which takes a C++ compiler and seconds; and ``mx.gather_mm``, which takes
-    float32 alone on the CPU, computes in it.
-    """
-    import mlx.core as mx
-
-    gather = mx.gather_mm
-
-    def gather_mm(a: mx.array, b: mx.array, *indices: Any, **options: Any) -> mx.array:
-        product = gather(a.astype(mx.float32), b.astype(mx.float32), *indices, **options)
-        return product.astype(a.dtype)
-
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    mx.disable_compile()
-    try:
-        with _lock, mx.stream(mx.cpu), _replaced(mx, "gather_mm", gather_mm):
-            yield
-    finally:
-        mx.enable_compile()
-        mx.set_default_device(device)
-
-
-@contextmanager
-def without_checkpoint_code() -> Iterator[None]:
-    """Let transformers reject Python files of a checkpoint, whatever a class asks of it."""
-    from transformers import dynamic_module_utils
-
-    def get_class_in_module(name: str, *_: Any, **__: Any) -> None:
-        raise ValueError(f"{name} is code of the checkpoint, which is not run")
-
-    with _lock, _replaced(dynamic_module_utils, "get_class_in_module", get_class_in_module):
-        yield
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Let whatever would be downloaded fail."""
-    from huggingface_hub import constants
-
-    with _replaced(constants, "HF_HUB_OFFLINE", True):
-        yield
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Discard what the libraries print, log and warn of."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        yield

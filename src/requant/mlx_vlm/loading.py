@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from requant.core.types import Source
 from requant.errors import CheckpointError
-from requant.libraries.loading import check_installed, quiet, without_checkpoint_code
+from requant.libraries.loading import check_installed
 from requant.libraries.loading import load as load_in_library
+from requant.libraries.surroundings import quiet, without_checkpoint_code
 from requant.mlx_lm.loading import as_checkpoint_error, convert_in_memory, source_files
 from requant.planning.planner import Planned
 from requant.quantization.config import Quantization

@@ -16,6 +16,7 @@ from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.reasons import Note, NoteCode
 from requant.errors import CheckpointError
 from requant.formats import SourceLayer, SourceLayout
+from requant.layouts.head_names import find_pair
 from requant.layouts.idle_tensors import without_unused_tensors
 from requant.layouts.left_dense import is_of_a_tower, modalities
 from requant.layouts.load_check import one_sentence
@@ -67,22 +68,26 @@ def choose_layout(
         return _source_layout(checkpoint, layout, options)
     if options.layout != "auto":
         return _library_layout(checkpoint, layout, LIBRARIES[options.layout], options)
-    first: CheckpointError | None = None
+    rejection = ""
     rejected: list[Note] = []
     for library in candidates(checkpoint.config, layout):
         try:
             result = _library_layout(checkpoint, layout, library, options)
         except CheckpointError as error:
-            first = first or error
-            if library is not MLX_LM and not library.missing_class_reason(checkpoint.config):
+            if library is MLX_LM:
+                rejection = _first_problem(error)
+            else:
                 text = f"{library.name} does not take this model: {_first_problem(error)}."
                 rejected.append(Note(NoteCode.LIBRARY_REJECTED, text))
-            first = error if library is MLX_LM else first
             continue
         notes = (*_without_towers(checkpoint, layout, library), *rejected, *result.notes)
         return replace(result, notes=notes)
-    assert first is not None
-    return _source_layout(checkpoint, layout, options, rejection=_first_problem(first))
+    chosen = _source_layout(checkpoint, layout, options, rejection)
+    for library in _for_towers(*modalities(layout.layers, checkpoint.config)):
+        if library.folder is None:
+            why = library.missing_class_reason(checkpoint.config)
+            rejected.append(Note(NoteCode.LIBRARY_REJECTED, f"{why}."))
+    return replace(chosen, notes=(*rejected, *chosen.notes))
 
 
 def candidates(config: Mapping[str, Any], layout: SourceLayout) -> list[Library]:
@@ -92,13 +97,32 @@ def candidates(config: Mapping[str, Any], layout: SourceLayout) -> list[Library]
     and have a class; mlx-lm is for text, and for what remains: encoders are mlx-embeddings'.
     """
     sees, hears = modalities(layout.layers, config)
-    names = ["mlx-lm", "mlx-audio", "mlx-embeddings"]
-    if sees:
-        names = ["mlx-vlm", "mlx-audio", "mlx-lm", "mlx-embeddings"]
-    elif hears:
-        names = ["mlx-audio", "mlx-vlm", "mlx-lm"]
-    libraries = [LIBRARIES[name] for name in names]
+    others = [MLX_LM, LIBRARIES["mlx-audio"], LIBRARIES["mlx-embeddings"]]
+    libraries = [*dict.fromkeys([*_for_towers(sees, hears), *others])]
+    if _predicts_text(config, layout):
+        libraries = [x for x in libraries if x.has_heads]
     return [x for x in libraries if x is MLX_LM or not x.missing_class_reason(config)]
+
+
+def _for_towers(sees: bool, hears: bool) -> list[Library]:
+    """The libraries that keep towers for images and sound, the likelier first."""
+    libraries = [LIBRARIES["mlx-vlm"], LIBRARIES["mlx-audio"]]
+    if sees or hears:
+        return libraries if sees else libraries[::-1]
+    return []
+
+
+def _predicts_text(config: Mapping[str, Any], layout: SourceLayout) -> bool:
+    """Whether a checkpoint has the output head of a language model, or shares the embedding's.
+
+    transformers saves a model that has a head under ``model.``, and an encoder without.
+    """
+    pair, named = find_pair(layout.layers), config.get("architectures")
+    if pair is None or pair.head is not None:
+        return pair is not None
+    names = named if isinstance(named, list) else []
+    causal = any(isinstance(x, str) and x.endswith("ForCausalLM") for x in names)
+    return causal and pair.embedding.path.startswith("model.")
 
 
 def _without_towers(
@@ -109,10 +133,7 @@ def _without_towers(
     towers = [x.path for x in layout.layers if is_of_a_tower(x.path)]
     if library is not MLX_LM or not (sees or hears) or not towers:
         return ()
-    kept_by = [
-        LIBRARIES[x] for x in (("mlx-vlm", "mlx-audio") if sees else ("mlx-audio", "mlx-vlm"))
-    ]
-    missing = [x for x in kept_by if x.folder is None]
+    missing = [x for x in _for_towers(sees, hears) if x.folder is None]
     what = " and ".join(["images"] * sees + ["sound"] * hears)
     text = f"Text only: mlx-lm's class drops the towers for {what}"
     if missing:

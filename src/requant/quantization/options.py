@@ -297,8 +297,8 @@ class RunOptions:
     )
     force: bool = option(
         types.FLAG,
-        doc="Replace an existing output folder.",
-        help="Replace an existing OUTPUT, and the README.md of --upload.",
+        doc="Replace an existing output.",
+        help="Replace an existing OUTPUT.",
         flags=("--force", "-f"),
         functions=("convert",),
     )

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from requant.errors import OutOfRangeError, Problem, UnknownValueError, UsageError
 from requant.quantization.config import Quantization
 from requant.quantization.modes import SEARCH_LEVELS, resolve_quantization
-from requant.quantization.recipes import MIXED, Recipe, Rule
+from requant.quantization.recipes import MIXED, OF_MLX_LM, Recipe, Rule
 from requant.quantization.roles import ROLES
 from requant.quantization.specs import check_regex, parse_spec
 from requant.text import format_value, join_or, os_error_text, utf8_error
@@ -22,7 +22,7 @@ BUILTIN_RECIPES = Path(__file__).parent / "builtin_recipes"
 
 
 def recipe_names() -> list[str]:
-    """Names of the built-in recipes, mlx-lm's first."""
+    """Names of the built-in recipes, the MLX libraries' first."""
     return [*MIXED, *sorted(path.stem for path in BUILTIN_RECIPES.glob("*.toml"))]
 
 
@@ -39,8 +39,8 @@ def load_recipe(name: str | os.PathLike[str]) -> Recipe:
     text = os.fspath(name)
     if text in MIXED:
         low, high = MIXED[text]
-        words = f"mlx-lm's own: {high} bits where its rule finds errors cost most, else {low}"
-        return Recipe(text, words, is_mixed=True)
+        words = f"{high} bits where its rule finds errors cost most, else {low}"
+        return Recipe(text, f"{_library_of(text)}'s own: {words}", is_mixed=True)
     is_file = text.endswith(".toml") or Path(text).name != text
     if not is_file and text not in recipe_names():
         known = _known(text, recipe_names())
@@ -55,15 +55,22 @@ def _known(word: str, known: Sequence[str]) -> str:
     return f"{f'close matches: {near[0]}; ' if near else ''}known: {', '.join(known)}"
 
 
+def _library_of(mixed: str) -> str:
+    """The library that a mixed recipe comes from; mlx-vlm has all of them."""
+    return "mlx-lm" if MIXED[mixed] in OF_MLX_LM else "mlx-vlm"
+
+
 def recipe_text(recipe: Recipe) -> str:
-    """The text of the recipe's file, or a description of mlx-lm's rule."""
+    """The text of the recipe's file, or a description of a library's rule."""
     if not recipe.is_mixed:
         return _read(
             BUILTIN_RECIPES / f"{recipe.name}.toml" if recipe.is_builtin else Path(recipe.name)
         )
     low, high = MIXED[recipe.name]
+    library = _library_of(recipe.name)
     return (
-        f"# {recipe.name} is mlx-lm's (mlx_lm.convert --quant-predicate) and no file:\n"
+        f"# {recipe.name} is {library}'s ({library.replace('-', '_')}.convert --quant-predicate) "
+        "and no file:\n"
         f"# {high} bits: lm_head; v_proj, v_a_proj, v_b_proj and down_proj in the first and the\n"
         "#   last eighth of the blocks, and in every third block between\n"
         f"# {low} bits: every other layer\n"
@@ -71,7 +78,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Write a recipe, but none of mlx-lm's, as the text that ``parse_recipe`` reads."""
+    """Write a recipe, but none of the mixed ones, as the text that ``parse_recipe`` reads."""
     lines = [f"description = {json.dumps(recipe.description)}"]
     lines += [f"search = {json.dumps(recipe.search)}"] * bool(recipe.search)
     if recipe.default is not None:
@@ -146,7 +153,9 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     for key in ("is_mixed", "is_builtin"):
         reader.typed(key, data[key], bool, "true or false")
     if data["is_mixed"] and data["name"] not in MIXED:
-        reader.report("name", f"is {format_value(data['name'])}; mlx-lm's are {', '.join(MIXED)}")
+        reader.report(
+            "name", f"is {format_value(data['name'])}; the mixed ones are {', '.join(MIXED)}"
+        )
     if reader.problems:
         raise UsageError("; ".join(map(str, reader.problems)))
     return Recipe(**{**data, "rules": tuple(x for x in rules if x)})

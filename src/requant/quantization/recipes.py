@@ -17,9 +17,11 @@ from requant.quantization.config import Quantization
 from requant.quantization.roles import ROLES, block_positions
 from requant.quantization.specs import Spec, parse_spec
 
-# mlx-lm's recipes: bits of most layers, and of those that its rule prefers
-# (mlx_lm/convert.py, mixed_quant_predicate_builder).
-MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+# The libraries' recipes: bits of most layers, and of those that their rule prefers
+# (mlx_lm/convert.py and mlx_vlm/convert.py, mixed_quant_predicate_builder).
+OF_MLX_LM = ((2, 6), (3, 4), (3, 6), (4, 6))
+_OF_MLX_VLM = ((3, 5), (3, 8), (4, 8))  # next to those
+MIXED = {f"mixed_{low}_{high}": (low, high) for low, high in (*OF_MLX_LM, *_OF_MLX_VLM)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ class Recipe:
 def _mlx_lm_mixed_targets(
     name: str, paths: Sequence[str], group_size: int
 ) -> dict[str, LayerTarget]:
-    """What ``mlx_lm.convert --quant-predicate`` chooses, by names alone."""
+    """What ``mlx_lm.convert --quant-predicate`` chooses, by names alone; of any of the bits."""
     low, high = (Quantization.affine(group_size, bits) for bits in MIXED[name])
     down = next((path for path in paths if "down_proj" in path), None)
     if down is None:
