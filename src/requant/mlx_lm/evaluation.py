@@ -15,13 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from requant.core.types import Source
 from requant.errors import BackendError, ParseError, UsageError
-from requant.mlx_lm import load
-from requant.planning.plan import Treatment
-from requant.planning.planner import make_plan
-from requant.quantization.options import ConvertOptions
-from requant.sources.hub_repository import find_repository, read_source
 from requant.text import format_value, pluralize, utf8_error
 
 DEFAULT_TOKENS = 8192
@@ -144,24 +138,6 @@ def on_cpu() -> bool:
     import mlx.core as mx
 
     return bool(mx.default_device() == mx.Device(mx.cpu))
-
-
-def load_as_stored(source: Source, **options: Any) -> tuple[Any, Any]:
-    """A model for evaluation, with the weights that ``source`` stores, and its tokenizer.
-
-    Dense float32 on a CPU; on a GPU in the source's own quantization and dtype.
-
-    Args:
-        source: Whatever ``requant.mlx_lm.load`` takes.
-        **options: ``revision``, ``config_from``, ``threads``, ``max_memory`` and ``progress``.
-    """
-    if on_cpu():
-        return load(source, dequantize=True, dtype="float32", **options)
-    config_from = options.get("config_from")
-    remote = find_repository(source, options.get("revision"))
-    plan = make_plan(read_source(source, remote, config_from), ConvertOptions(layout="keep"))
-    is_kept = any(layer.treatment is Treatment.KEPT for layer in plan.layers)
-    return load(source, dequantize=not is_kept, **options)
 
 
 def losses(model: Any, ids: np.ndarray) -> np.ndarray:
