@@ -9,7 +9,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -35,9 +34,9 @@ from requant.calibration.text_model import (
 )
 from requant.calibration.text_windows import texts_of, windows_of
 from requant.core.types import Source
-from requant.errors import BackendError, OutputError, UsageError, error_action
+from requant.errors import OutputError, UsageError, error_action
 from requant.mlx_lm import load_tokenizer
-from requant.mlx_lm.evaluation import on_cpu
+from requant.mlx_lm.evaluation import as_backend_errors, on_cpu
 from requant.mlx_lm.loading import check_installed
 from requant.output.record import version
 from requant.planning.planner import Planned
@@ -290,7 +289,7 @@ def run_blockwise(task: _Task, model: TextModel, folder: RunFolder) -> None:
         with collector.observing():
             for row, states in zip(ids, hidden.read(len(calls)), strict=True):
                 layered.finish(row, mx.array(states[None]).astype(first.dtype))
-                with _as_backend_errors():
+                with as_backend_errors():
                     collector.flush()
         folder.save_block(collector, len(calls) + 1)
     task.report("writing", steps, steps)
@@ -301,7 +300,7 @@ def _block_outputs(
 ) -> Iterator[np.ndarray]:
     """Run one block on the hidden states of each window."""
     for hidden in inputs:
-        with _as_backend_errors():
+        with as_backend_errors():
             output = step(hidden)
             collector.flush(output)
         yield _to_numpy(output)
@@ -315,7 +314,7 @@ def run_whole(task: _Task, model: TextModel, folder: RunFolder) -> None:
     with collector.observing():
         for number, row in enumerate(task.ids):
             task.report("window of text", number + 1, len(task.ids))
-            with _as_backend_errors():
+            with as_backend_errors():
                 collector.flush(model(mx.array(row[None])))
     folder.save_block(collector, 0)
 
@@ -326,12 +325,3 @@ def _to_numpy(x: mx.array) -> np.ndarray:
 
     row: np.ndarray = np.array(x.astype(mx.float32))[0]
     return row
-
-
-@contextmanager
-def _as_backend_errors() -> Iterator[None]:
-    """Raise errors of MLX as BackendError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        raise BackendError(f"MLX cannot run this model here: {error}") from error

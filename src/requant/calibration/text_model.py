@@ -102,15 +102,17 @@ def _libraries(checkpoint: Checkpoint) -> list[str]:
     """The libraries that may have a class that reads text.
 
     Raises:
-        CheckpointError: There is none, and mlx-embeddings' is for encoders.
+        CheckpointError: There is none.
     """
     missing = {x.name: x.missing_class_reason(checkpoint.config) for x in _LIBRARIES}
     found = [name for name, why in missing.items() if not why]
+    if found:
+        return found
     encoders = LIBRARIES["mlx-embeddings"]
-    if not found and not encoders.missing_class_reason(checkpoint.config):
-        problem = Problem(CONFIG, _encoder(encoders.name))
-        raise CheckpointError(str(checkpoint.source), [problem])
-    return found or [MLX_LM.name]
+    why = "; ".join(dict.fromkeys(missing.values()))
+    if not encoders.missing_class_reason(checkpoint.config):
+        why = _encoder(encoders.name)
+    raise CheckpointError(str(checkpoint.source), [Problem(CONFIG, why)])
 
 
 def _encoder(library: str) -> str:

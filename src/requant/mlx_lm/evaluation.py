@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from requant.errors import BackendError, ParseError, UsageError
-from requant.text import format_value, pluralize, utf8_error
+from requant.text import format_value, one_line, pluralize, utf8_error
 
 DEFAULT_TOKENS = 8192
 DEFAULT_WINDOW = 256
@@ -140,6 +141,15 @@ def on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
+@contextmanager
+def as_backend_errors() -> Iterator[None]:
+    """Raise what MLX and the code of a library's class raise as BackendError."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise BackendError(f"MLX cannot run this model here: {one_line(e)}") from e
+
+
 def losses(model: Any, ids: np.ndarray) -> np.ndarray:
     """Mean next-token loss of each window of ``ids``, in nats: ``(windows,)``."""
     return np.array([_loss(_log_probabilities(model, row), row) for row in ids])
@@ -193,12 +203,10 @@ def _log_probabilities(model: Any, row: np.ndarray) -> Any:
     """Float32 ``(window - 1, vocabulary)`` for the tokens after the first."""
     import mlx.core as mx
 
-    try:
+    with as_backend_errors():
         logits = model(mx.array(row[None, :-1]))[0].astype(mx.float32)
         result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         mx.eval(result)
-    except (RuntimeError, ValueError) as error:
-        raise BackendError(f"MLX cannot run this model here: {error}") from error
     return result
 
 
