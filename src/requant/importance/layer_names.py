@@ -1,7 +1,8 @@
 """Identify a layer by its name in Hugging Face's, an MLX library's or llama.cpp's convention.
 
-Every name becomes a key, where possible in llama.cpp's terms (gguf-py's tensor map, ggml-org/llama.cpp
-gguf-py/gguf/tensor_mapping.py): number of the block, name of the part, number of the expert.
+Every name becomes a key, where possible in llama.cpp's terms (gguf-py's tensor map,
+ggml-org/llama.cpp gguf-py/gguf/tensor_mapping.py): number of the block, name of the part, number
+of the expert.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _SAME_INPUT = (
     ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"),
     ("ffn_gate_shexp", "ffn_up_shexp", "ffn_gate_up_shexp"),
 )
-_SIBLINGS = {part: family for family in _SAME_INPUT for part in family}
+_SIBLINGS: dict[str, tuple[str, ...]] = {part: family for family in _SAME_INPUT for part in family}
 # A head that has been copied from the embedding: only a head has statistics under its name.
 _SIBLINGS["output"] = ("token_embd",)
 
