@@ -22,6 +22,7 @@ from requant.calibration import text_windows as windows
 from requant.calibration.block_run import calibrate
 from requant.calibration.collector import Collector
 from requant.calibration.run_folder import RunFolder
+from requant.calibration.text_model import TextModel
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.importance.reader import read_statistics
 from requant.importance.statistics_file import Importance
@@ -301,7 +302,8 @@ class _Model(nn.Module):
 
 def layered(model: Any) -> blocks.BlockwiseModel:
     plan, source = plan_with_source(read_checkpoint(LLAMA), ConvertOptions(dequantize=True))
-    return blocks.BlockwiseModel(model, replace(plan, steps=(), shards=()), source, None)
+    empty = replace(plan, steps=(), shards=())
+    return blocks.BlockwiseModel(TextModel(model), empty, source, None)
 
 
 def test_blocks_stay_of_their_class() -> None:

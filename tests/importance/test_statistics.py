@@ -86,8 +86,8 @@ def ours(path: Path, layers: Vectors, counts: Mapping[str, Any] | None = None) -
         ("blk.2.ffn_down.5", LayerKey(2, "ffn_down_exps", 5)),
         ("lm_head", LayerKey(-1, "output")),
         ("model.embed_tokens", LayerKey(-1, "token_embd")),
-        ("model.layers.0.mlp.gate", None),
-        ("model.layers.0.input_layernorm", None),
+        ("model.layers.0.mlp.gate", LayerKey(0, "mlp.gate")),
+        ("model.layers.0.linear_attn.in_proj_qkvz", LayerKey(0, "linear_attn.in_proj_qkvz")),
         ("vision_tower.blocks.0.norm1", None),
         # Blocks of something else that are numbered from 0 too.
         ("vision_tower.encoder.layers.0.self_attn.q_proj", None),
@@ -96,7 +96,7 @@ def ours(path: Path, layers: Vectors, counts: Mapping[str, Any] | None = None) -
         ("model.encoder.layers.0.self_attn.q_proj", None),
         ("mtp.layers.0.mlp.down_proj", None),
         ("multi_modal_projector.output", None),
-        ("model.layers.0.self_attn.indexer.wk", None),
+        ("model.layers.0.self_attn.indexer.wk", LayerKey(0, "self_attn.indexer.wk")),
         ("model.layers.layers.3.mlp.down_proj", LayerKey(3, "ffn_down")),
         ("transformer.encoder.layers.2.self_attention.query_key_value", LayerKey(2, "attn_qkv")),
         ("language_model.model.layers.2.self_attn.o_proj", LayerKey(2, "attn_output")),
@@ -104,6 +104,31 @@ def ours(path: Path, layers: Vectors, counts: Mapping[str, Any] | None = None) -
 )
 def test_names(path: str, key: LayerKey | None) -> None:
     assert layer_key(path) == key
+
+
+def test_names_of_another_library(tmp_path: Path) -> None:
+    """mlx-vlm has ``language_model`` before a text model's names, and copies a tied head."""
+    found = {"layers.2.linear_attn.in_proj_qkvz": 64, "embed_tokens": 96}
+    mine = {f"model.{name}": squares(size) for name, size in found.items()}
+    statistics = read_statistics(ours(tmp_path / "s.safetensors", mine))
+
+    def entry(path: str, size: int) -> str | None:
+        importance = statistics.find(path, (1, size))
+        return None if importance is None else importance.entries[0].name
+
+    for name, size in found.items():
+        assert entry(f"language_model.model.{name}", size) == f"model.{name}"
+    assert entry("language_model.lm_head", 96) == "model.embed_tokens"
+    for other in ("3.linear_attn.in_proj_qkvz", "2.linear_attn.in_proj_ba"):
+        assert entry(f"language_model.model.layers.{other}", 64) is None
+    assert entry("vision_tower.layers.2.linear_attn.in_proj_qkvz", 64) is None
+
+
+def test_an_embedding_has_not_its_heads_statistics(tmp_path: Path) -> None:
+    mine = {"lm_head": squares(96)}
+    statistics = read_statistics(ours(tmp_path / "s.safetensors", mine))
+    assert statistics.find("language_model.lm_head", (1, 96)) is not None
+    assert statistics.find("language_model.model.embed_tokens", (1, 96)) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from requant.calibration.text_model import load_as_stored
 from requant.core.dtypes import NUMPY_DTYPE
 from requant.core.types import Source
 from requant.errors import CheckpointError, Problem, UsageError, error_action
@@ -25,7 +26,6 @@ from requant.mlx_lm.evaluation import (
     DEFAULT_WINDOW,
     Evaluation,
     evaluate,
-    load_as_stored,
     read_tokens,
 )
 from requant.planning.plan import OutputTensor, Plan, Step

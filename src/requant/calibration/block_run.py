@@ -9,7 +9,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -27,17 +26,20 @@ from requant.calibration.collector import (
     unobserved_layers,
 )
 from requant.calibration.run_folder import BlockRunState, RunFolder
+from requant.calibration.text_model import (
+    TextModel,
+    build_empty_text_model,
+    load_text_model,
+    plan_text_model,
+)
 from requant.calibration.text_windows import texts_of, windows_of
 from requant.core.types import Source
-from requant.errors import BackendError, OutputError, UsageError, error_action
-from requant.mlx_lm import load_tokenizer, load_with_report
-from requant.mlx_lm.evaluation import on_cpu
-from requant.mlx_lm.loading import build_empty_model, check_installed
+from requant.errors import OutputError, UsageError, error_action
+from requant.mlx_lm import load_tokenizer
+from requant.mlx_lm.evaluation import as_backend_errors, on_cpu
+from requant.mlx_lm.loading import check_installed
 from requant.output.record import version
-from requant.planning.planner import Planned, plan_with_source
-from requant.quantization.options import ConvertOptions
-from requant.sources.hub_repository import find_repository, open_source
-from requant.sources.open import as_checkpoint
+from requant.planning.planner import Planned
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -150,20 +152,11 @@ def calibrate(
             "or lower --window (2 at the least)"
         )
     check_installed(Path(model))
-    options = ConvertOptions.from_arguments(
-        dequantize=True,
-        dtype="float32" if on_cpu() else None,
-        layout="mlx-lm",
-        config_from=config_from,
-    )
-    source = open_source(model, find_repository(model, revision), options.config_from)
-    planned = plan_with_source(
-        as_checkpoint(source, options.config_from, mmproj=options.vision_part), options
-    )
+    planned = plan_text_model(model, revision, config_from)
     ids = windows_of(load_tokenizer(model, planned), texts_of(text), tokens, window, seed)
     task = _Task(planned, ids, hessian, threads, progress)
     with RunFolder(planned.plan.source, place, task.key, resume) as folder:
-        network = build_empty_model(planned.plan)
+        network = build_empty_text_model(planned.plan)
         if hessian and on_note is not None:
             for note in _notes_of_wide_layers(network):
                 on_note(note)
@@ -174,14 +167,15 @@ def calibrate(
             reason = str(error)
         if reason:  # outside of the handler, which would keep the first model's weights
             folder.start_over()
-            network = load_with_report(
+            network, _ = load_text_model(
                 model,
+                planned.plan.layout,
                 dequantize=True,
-                dtype=options.dtype and "float32",
+                dtype="float32" if on_cpu() else None,
                 revision=revision,
                 config_from=config_from,
                 threads=threads,
-            ).model
+            )
             run_whole(task, network, folder)
         numbers = {"tokens": ids.size, "window": window, "seed": seed}
         texts = {key: str(number) for key, number in numbers.items()}
@@ -199,7 +193,7 @@ def calibrate(
     )
 
 
-def _summary(state: BlockRunState, model: Any) -> dict[str, Any]:
+def _summary(state: BlockRunState, model: TextModel) -> dict[str, Any]:
     """The attributes of a ``Calibration`` that say which layers have statistics."""
     seen = {*state.called, *embedding_layers(model).values()}
     watched = [*observed_layers(model).values(), *unobserved_layers(model)]
@@ -222,7 +216,7 @@ def _check_output(place: Path, force: bool) -> None:
         raise OutputError(f"{place}: there is no folder {place.parent}")
 
 
-def _notes_of_wide_layers(model: Any) -> Iterator[str]:
+def _notes_of_wide_layers(model: TextModel) -> Iterator[str]:
     """The layers that are too wide for a Hessian."""
     embeddings = embedding_layers(model).values()
     modules = dict(model.named_modules())
@@ -257,13 +251,13 @@ class _Task:
         if self.progress is not None:
             self.progress(what, done, of)
 
-    def collector(self, model: Any, *, with_numpy: bool = False) -> Collector:
+    def collector(self, model: TextModel, *, with_numpy: bool = False) -> Collector:
         """A new collector of the layers of a model."""
         layers = observed_layers(model)
         return Collector(layers, self.hessian, MOST_HESSIAN_BYTES, with_numpy=with_numpy)
 
 
-def run_blockwise(task: _Task, model: Any, folder: RunFolder) -> None:
+def run_blockwise(task: _Task, model: TextModel, folder: RunFolder) -> None:
     """Run a model without its weights block by block, from the first block that is not done.
 
     Raises:
@@ -295,7 +289,7 @@ def run_blockwise(task: _Task, model: Any, folder: RunFolder) -> None:
         with collector.observing():
             for row, states in zip(ids, hidden.read(len(calls)), strict=True):
                 layered.finish(row, mx.array(states[None]).astype(first.dtype))
-                with _as_backend_errors():
+                with as_backend_errors():
                     collector.flush()
         folder.save_block(collector, len(calls) + 1)
     task.report("writing", steps, steps)
@@ -306,13 +300,13 @@ def _block_outputs(
 ) -> Iterator[np.ndarray]:
     """Run one block on the hidden states of each window."""
     for hidden in inputs:
-        with _as_backend_errors():
+        with as_backend_errors():
             output = step(hidden)
             collector.flush(output)
         yield _to_numpy(output)
 
 
-def run_whole(task: _Task, model: Any, folder: RunFolder) -> None:
+def run_whole(task: _Task, model: TextModel, folder: RunFolder) -> None:
     """Run a model that has its weights, window by window."""
     import mlx.core as mx
 
@@ -320,7 +314,7 @@ def run_whole(task: _Task, model: Any, folder: RunFolder) -> None:
     with collector.observing():
         for number, row in enumerate(task.ids):
             task.report("window of text", number + 1, len(task.ids))
-            with _as_backend_errors():
+            with as_backend_errors():
                 collector.flush(model(mx.array(row[None])))
     folder.save_block(collector, 0)
 
@@ -331,12 +325,3 @@ def _to_numpy(x: mx.array) -> np.ndarray:
 
     row: np.ndarray = np.array(x.astype(mx.float32))[0]
     return row
-
-
-@contextmanager
-def _as_backend_errors() -> Iterator[None]:
-    """Raise errors of MLX as BackendError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        raise BackendError(f"MLX cannot run this model here: {error}") from error

@@ -1,4 +1,4 @@
-"""A model of mlx-lm that runs block by block, the weights of one block in memory at a time.
+"""A text model that runs block by block, the weights of one block in memory at a time.
 
 The model's own code is run with stubs in place of its blocks. The stubs record how blocks are
 called (masks and the like), catch the embedded text, and return the output of the last block to
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import mlx.core as mx
     from mlx.nn.layers.base import Module
 
+    from requant.calibration.text_model import TextModel
+
 _LISTS = ("layers", "h", "blocks")
 
 
@@ -44,7 +46,9 @@ class _Call:
 class BlockwiseModel:
     """A model that runs one block over all windows before the next."""
 
-    def __init__(self, model: Any, plan: Plan, source: PlanSource, threads: int | None) -> None:
+    def __init__(
+        self, model: TextModel, plan: Plan, source: PlanSource, threads: int | None
+    ) -> None:
         """Find the blocks of a model without its weights, which ``plan`` computes.
 
         Raises:
@@ -64,8 +68,8 @@ class BlockwiseModel:
         self.owner, self.attribute, path = max(lists, key=lambda found: len(found[0][found[1]]))
         self.blocks: list[Module] = list(self.owner[self.attribute])
         self.prefixes = [f"{path}.{number}." for number in range(len(self.blocks))]
-        known = set(dict(tree_flatten(model.parameters())))
-        names = {t.name for shard in plan.shards for t in shard.tensors}
+        known = {model.prefix + name for name in dict(tree_flatten(model.module.parameters()))}
+        names = {t.name for x in plan.shards for t in x.tensors if t.name.startswith(model.prefix)}
         if unknown := names - known:
             raise NotBlockwiseError(f"its class has no {min(unknown)}")
         if lacking := known - names:
@@ -75,8 +79,8 @@ class BlockwiseModel:
 
     def load_rest(self) -> None:
         """Load the weights of no block: embedding, norm, head."""
-        prefixes = tuple(self.prefixes)
-        self._load(lambda name: not name.startswith(prefixes))
+        text, blocks = self.model.prefix, tuple(self.prefixes)
+        self._load(lambda name: name.startswith(text) and not name.startswith(blocks))
 
     @contextmanager
     def block(self, number: int) -> Iterator[Module]:
@@ -101,7 +105,9 @@ class BlockwiseModel:
         )
         sink = ArraySink(replace(part, shards=shards))
         run_plan(part, self.source, sink, plan_resources(part, self.threads))
-        self.model.load_weights(list(sink.arrays.items()), strict=False)
+        text = self.model.prefix
+        weights = [(name.removeprefix(text), x) for name, x in sink.arrays.items()]
+        self.model.module.load_weights(weights, strict=False)
 
     # -- runs ------------------------------------------------------------------------------
 
@@ -189,7 +195,7 @@ class BlockwiseModel:
         return output
 
 
-def _run(model: Module, ids: np.ndarray) -> None:
+def _run(model: TextModel, ids: np.ndarray) -> None:
     import mlx.core as mx
 
     try:
@@ -210,6 +216,8 @@ def _same(x: Any, y: Any) -> bool:
 
     if isinstance(x, mx.array) and isinstance(y, mx.array):
         return x.shape == y.shape and bool(mx.array_equal(x, y))
+    if isinstance(x, tuple | list) and type(x) is type(y):
+        return len(x) == len(y) and all(map(_same, x, y))
     if x is None or isinstance(x, str | int | float | bool):
         return bool(x == y)
     return False

@@ -1,6 +1,6 @@
-"""Sums over the inputs of linear layers, collected while a model of mlx-lm runs.
+"""Sums over the inputs of linear layers, collected while a model runs.
 
-The layers are observed through their classes' ``__call__``: MLX's ``Linear``, mlx-lm's
+The layers are observed through their classes' ``__call__``: MLX's ``Linear``, the libraries'
 ``SwitchLinear`` (experts, each by its own tokens) and the embedding where it is the head. Sums are
 of float64, Hessians of float32; their size does not depend on the length of the text.
 
@@ -9,6 +9,7 @@ On a CPU the observed layers can be multiplied by NumPy, whose BLAS is many time
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ import numpy as np
 
 from requant.importance.layer_names import layer_key, same_input
 from requant.importance.reader import LayerStatistics
+from requant.libraries import LIBRARIES
 
 if TYPE_CHECKING:
     import mlx.core as mx
     from mlx.nn.layers.base import Module
+
+    from requant.calibration.text_model import TextModel
 
 
 def hessian_bytes(matrices: int, n_in: int) -> int:
@@ -109,11 +113,10 @@ class Collector:
         """Note the inputs of the layers inside the context."""
         from mlx.nn.layers.embedding import Embedding
         from mlx.nn.layers.linear import Linear
-        from mlx_lm.models.switch_layers import SwitchLinear
 
         kinds: tuple[tuple[type, str, Callable[..., mx.array | None]], ...] = (
             (Linear, "__call__", self._linear),
-            (SwitchLinear, "__call__", self._experts),
+            *((kind, "__call__", self._experts) for kind in _expert_layers()),
             (Embedding, "as_linear", self._head),
         )
         before = [getattr(kind, name) for kind, name, _ in kinds]
@@ -182,31 +185,36 @@ class Collector:
             sums.add(x[places], expert)
 
 
-def observed_layers(model: Any) -> dict[int, str]:
+def observed_layers(model: TextModel) -> dict[int, str]:
     """``id`` -> path of the layers to watch; embeddings too, since one may be the head."""
     from mlx.nn.layers.linear import Linear
-    from mlx_lm.models.switch_layers import SwitchLinear
 
-    kinds = (Linear, SwitchLinear)
+    kinds = (Linear, *_expert_layers())
     layers = {id(m): path for path, m in model.named_modules() if isinstance(m, kinds)}
     return layers | embedding_layers(model)
 
 
-def embedding_layers(model: Any) -> dict[int, str]:
+def embedding_layers(model: TextModel) -> dict[int, str]:
     """``id`` -> path of the embeddings."""
     from mlx.nn.layers.embedding import Embedding
 
     return {id(m): path for path, m in model.named_modules() if isinstance(m, Embedding)}
 
 
-def unobserved_layers(model: Any) -> list[str]:
-    """Layers of other classes that mlx-lm quantizes all the same."""
+def unobserved_layers(model: TextModel) -> list[str]:
+    """Layers of other classes that are quantized all the same."""
     watched = observed_layers(model)
     return [
         path
         for path, m in model.named_modules()
         if hasattr(m, "to_quantized") and id(m) not in watched
     ]
+
+
+def _expert_layers() -> list[type]:
+    """The classes for stacks of experts, of the libraries that are imported."""
+    names = [f"{x.package}.models.switch_layers" for x in LIBRARIES.values()]
+    return [sys.modules[name].SwitchLinear for name in names if name in sys.modules]
 
 
 def _share(note: _Note, other: _Note) -> bool:

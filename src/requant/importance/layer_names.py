@@ -1,7 +1,8 @@
-"""Identify a layer by its name in Hugging Face's, mlx-lm's or llama.cpp's convention.
+"""Identify a layer by its name in Hugging Face's, an MLX library's or llama.cpp's convention.
 
-Every name becomes a key in llama.cpp's terms (gguf-py's tensor map, ggml-org/llama.cpp
-gguf-py/gguf/tensor_mapping.py): number of the block, name of the part, number of the expert.
+Every name becomes a key, where possible in llama.cpp's terms (gguf-py's tensor map,
+ggml-org/llama.cpp gguf-py/gguf/tensor_mapping.py): number of the block, name of the part, number
+of the expert.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ class LayerKey(NamedTuple):
     """A layer, in whichever convention it was named."""
 
     block: int  # number of its block; -1 outside of blocks
-    part: str  # ``attn_q``, ``ffn_down_exps``, ``output``, ...
+    part: str  # ``attn_q``, ``ffn_down_exps``, ``output``, ...; else its path in the block
     # Its number if each expert has a name; None for a stack, and without experts.
     expert: int | None = None
 
@@ -62,11 +63,16 @@ _SAME_INPUT = (
     ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"),
     ("ffn_gate_shexp", "ffn_up_shexp", "ffn_gate_up_shexp"),
 )
-_SIBLINGS = {part: family for family in _SAME_INPUT for part in family}
+_SIBLINGS: dict[str, tuple[str, ...]] = {part: family for family in _SAME_INPUT for part in family}
+# A head that has been copied from the embedding: only a head has statistics under its name.
+_SIBLINGS["output"] = ("token_embd",)
 
 
 def layer_key(path: str) -> LayerKey | None:
-    """The key of a layer path without ``.weight``; None for layers that llama.cpp does not have.
+    """The key of a layer path without ``.weight``; None outside of the language model.
+
+    A layer of a block that llama.cpp does not have is known by its path in the block, whatever
+    modules the library puts around the blocks.
 
     Paths are ``model.layers.0.self_attn.q_proj``, ``blk.0.attn_q``, ``lm_head``, ...
     """
@@ -82,7 +88,7 @@ def layer_key(path: str) -> LayerKey | None:
     in_attention = _ATTENTION.search(rest) is not None
     part = (_IN_ATTENTION if in_attention else _IN_MLP).get(rest.rpartition(".")[2], "")
     if not part:
-        return None
+        return LayerKey(block, rest)
     if in_attention:
         return LayerKey(block, part)
     if _SHARED.search(rest):

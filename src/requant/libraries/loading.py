@@ -8,6 +8,8 @@ get a tensor of its shape, and each tensor a parameter.
 from __future__ import annotations
 
 import contextlib
+import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from requant.checkpoints.folder_files import CONFIG
 from requant.checkpoints.safetensors_folder import read_json
+from requant.core.dtypes import TensorInfo
 from requant.core.types import Source
 from requant.errors import CheckpointError, Problem
 from requant.libraries import LIBRARIES
@@ -183,6 +186,88 @@ def load(
     if problems:
         raise CheckpointError(str(folder), problems, "loaded")
     return model, config
+
+
+def load_from_memory(
+    source: Source, library: str, config: Mapping[str, Any], weights: Mapping[str, mx.array]
+) -> tuple[Module, dict[str, Any]]:
+    """Build a library's class for a config and load weights that are in memory, as ``load`` does.
+
+    Args:
+        source: The model, as errors name it.
+        library: A name in ``LOADERS``.
+        config: ``config.json`` of the weights.
+        weights: All of the model's, under the library's names.
+    """
+    with _folder_of(config) as folder:
+        try:
+            return load(folder, library, weights)
+        except CheckpointError as error:
+            raise CheckpointError(str(source), error.problems, error.action) from error
+
+
+def build_empty(
+    source: Source, library: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> Module:
+    """Build a library's class for a dense checkpoint whose weights are not read.
+
+    Args:
+        source: The model, as errors name it.
+        library: A name in ``LOADERS``.
+        config: ``config.json`` of the checkpoint.
+        tensors: Its tensors, under the library's names.
+
+    Returns:
+        The model; its parameters are random and not evaluated.
+
+    Raises:
+        CheckpointError: The library cannot build it.
+    """
+    import mlx.core as mx
+    import mlx.nn
+
+    def stop(module: Module, *_: Any, **__: Any) -> None:
+        raise _BuiltError(module)
+
+    zeros = {name: mx.zeros(x.shape) for name, x in tensors.items()}  # never evaluated
+    base = vars(mlx.nn)["Module"]
+    with (
+        _folder_of(config) as folder,
+        lock,
+        quiet(),
+        without_checkpoint_code(),
+        offline(),
+        _weights_from_memory(zeros),
+        replaced(base, "load_weights", stop),
+    ):
+        try:
+            LOADERS[library].load(_find_class(folder, library, config), folder)
+        except _BuiltError as built:
+            built.module.eval()
+            return built.module
+        except (Exception, SystemExit) as error:
+            problem = Problem(f"{library}, building the model", one_line(error))
+            raise CheckpointError(str(source), [problem]) from error
+    raise CheckpointError(str(source), [Problem(library, "loads no weights into its class")])
+
+
+class _BuiltError(BaseException):
+    """Ends a loader at its first ``load_weights``; no handler of a library catches it."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+
+
+@contextmanager
+def _folder_of(config: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder with a config and a weight file, which a loader needs, without its content."""
+    import mlx.core as mx
+
+    with tempfile.TemporaryDirectory(prefix="requant-") as name:
+        folder = Path(name)
+        (folder / CONFIG).write_text(json.dumps(config))
+        mx.save_safetensors(str(folder / "model.safetensors"), {"none": mx.zeros(1)})
+        yield folder
 
 
 def _config(folder: Path) -> dict[str, Any]:

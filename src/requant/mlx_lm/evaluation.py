@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -15,14 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from requant.core.types import Source
 from requant.errors import BackendError, ParseError, UsageError
-from requant.mlx_lm import load
-from requant.planning.plan import Treatment
-from requant.planning.planner import make_plan
-from requant.quantization.options import ConvertOptions
-from requant.sources.hub_repository import find_repository, read_source
-from requant.text import format_value, pluralize, utf8_error
+from requant.text import format_value, one_line, pluralize, utf8_error
 
 DEFAULT_TOKENS = 8192
 DEFAULT_WINDOW = 256
@@ -146,22 +141,13 @@ def on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
-def load_as_stored(source: Source, **options: Any) -> tuple[Any, Any]:
-    """A model for evaluation, with the weights that ``source`` stores, and its tokenizer.
-
-    Dense float32 on a CPU; on a GPU in the source's own quantization and dtype.
-
-    Args:
-        source: Whatever ``requant.mlx_lm.load`` takes.
-        **options: ``revision``, ``config_from``, ``threads``, ``max_memory`` and ``progress``.
-    """
-    if on_cpu():
-        return load(source, dequantize=True, dtype="float32", **options)
-    config_from = options.get("config_from")
-    remote = find_repository(source, options.get("revision"))
-    plan = make_plan(read_source(source, remote, config_from), ConvertOptions(layout="keep"))
-    is_kept = any(layer.treatment is Treatment.KEPT for layer in plan.layers)
-    return load(source, dequantize=not is_kept, **options)
+@contextmanager
+def as_backend_errors() -> Iterator[None]:
+    """Raise what MLX and the code of a library's class raise as BackendError."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise BackendError(f"MLX cannot run this model here: {one_line(e)}") from e
 
 
 def losses(model: Any, ids: np.ndarray) -> np.ndarray:
@@ -217,12 +203,10 @@ def _log_probabilities(model: Any, row: np.ndarray) -> Any:
     """Float32 ``(window - 1, vocabulary)`` for the tokens after the first."""
     import mlx.core as mx
 
-    try:
+    with as_backend_errors():
         logits = model(mx.array(row[None, :-1]))[0].astype(mx.float32)
         result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         mx.eval(result)
-    except (RuntimeError, ValueError) as error:
-        raise BackendError(f"MLX cannot run this model here: {error}") from error
     return result
 
 

@@ -128,16 +128,6 @@ def load_tokenizer(
         return _utils().load_tokenizer(folder, tokenizer_config, eos_token_ids=eos_token_ids)
 
 
-def build_empty_model(plan: Plan) -> Any:
-    """mlx-lm's model for a dense plan, whose weights are never evaluated."""
-    with as_checkpoint_error(plan.source, "mlx-lm, building the model"):
-        config = dict(plan.config)
-        model_class, args_class = _utils()._get_classes(config)
-        model = model_class(args_class.from_dict(config))
-        model.eval()
-        return model
-
-
 def _check_tokenizer(source: Source, plan: Plan) -> None:
     """Raise the note of the plan that says why a GGUF file has no usable tokenizer."""
     notes = [note for note in plan.notes if note.code is NoteCode.NO_TOKENIZER]

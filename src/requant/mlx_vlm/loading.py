@@ -6,18 +6,12 @@ source's files.
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from requant.core.types import Source
-from requant.errors import CheckpointError
-from requant.libraries.loading import check_installed
-from requant.libraries.loading import load as load_in_library
+from requant.libraries.loading import check_installed, load_from_memory
 from requant.libraries.surroundings import quiet, without_checkpoint_code
 from requant.mlx_lm.loading import as_checkpoint_error, convert_in_memory, source_files
 from requant.planning.planner import Planned
@@ -26,8 +20,6 @@ from requant.quantization.option_signatures import takes_options
 from requant.reports.report import Report
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
     from requant.execution.option_keywords import LoadKeywords
 
 
@@ -91,26 +83,9 @@ def load_with_report(
     began = time.perf_counter()
     check_installed(source, "mlx-vlm")
     weights, report, planned = convert_in_memory(source, quantization, "mlx-vlm", **arguments)
-    model, config = _build(source, report.plan.config, weights)
+    model, config = load_from_memory(source, "mlx-vlm", report.plan.config, weights)
     processor = _load_processor(source, planned, getattr(model.config, "eos_token_id", None))
     return Loaded(model, processor, config, report, time.perf_counter() - began)
-
-
-def _build(
-    source: Source, config: Mapping[str, Any], weights: dict[str, mx.array]
-) -> tuple[Any, dict[str, Any]]:
-    """Load a folder with mlx-vlm's loader, but with weights from memory."""
-    import mlx.core as mx
-
-    with tempfile.TemporaryDirectory(prefix="requant-") as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(config))
-        # The loader needs a weight file; its content is replaced by ``weights``.
-        mx.save_safetensors(str(folder / "model.safetensors"), {"none": mx.zeros(1)})
-        try:
-            return load_in_library(folder, "mlx-vlm", weights)
-        except CheckpointError as error:
-            raise CheckpointError(str(source), error.problems, error.action) from error
 
 
 def _load_processor(source: Source, planned: Planned, eos_token_ids: Any) -> Any:
