@@ -67,8 +67,6 @@ def test_a_source_that_mlx_vlm_does_not_take(source: Path) -> None:
     weights = dict(mx.load(str(source / "model.safetensors")))
     del weights["vision_tower.blocks.0.norm1.weight"]
     mx.save_safetensors(str(source / "model.safetensors"), weights)
-    with pytest.raises(
-        CheckpointError, match=r"without a tensor.*norm1\.weight"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"without a tensor.*norm1\.weight") as caught:
         requant.mlx_vlm.load(source, bits=4)
     assert caught.value.source == str(source)
