@@ -82,8 +82,8 @@ def test_stopped_anywhere_it_resumes(
     gone = 4 - len(shards(source))
     if boot != "the same":
         monkeypatch.setattr("requant.output.journal.boot_id", lambda: boot)
-    _, lines = read_journal(staging_dir(tmp_path / "out") / "journal")
-    assert sum("deleted_source" in line for line in lines) == gone
+    _, done = read_journal(staging_dir(tmp_path / "out") / "journal")
+    assert len(done.deleted_sources) == gone
     if gone:
         with pytest.raises(OutputError, match="resume with --consume-source"):
             convert(source, tmp_path / "out", **small)
@@ -144,17 +144,12 @@ def test_a_file_is_deleted_only_after_its_output_was_synced(
         if self.parent == source:
             with monkeypatch.context() as patch:
                 patch.setattr("requant.output.journal.boot_id", lambda: "after the power came back")
-                _, lines = read_journal(staging_dir(tmp_path / "out") / "journal")
-            rows: dict[int, int] = {}
-            for line in lines:
-                if "rows" in line:
-                    step, start, stop = line["rows"]
-                    rows[step] = rows.get(step, 0) + stop - start
+                _, done = read_journal(staging_dir(tmp_path / "out") / "journal")
             plan = requant.plan(tmp_path / "copy", bits=4)
             needs = plan_release_order(plan).needs
             for number, step in enumerate(plan.steps):
                 if self.name in needs[number]:
-                    assert rows.get(number) == step.rows.count, (self.name, number)
+                    assert done.done_rows(number) == step.rows.count, (self.name, number)
             seen.append(self.name)
         real(self, *args, **named)
 

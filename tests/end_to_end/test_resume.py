@@ -18,7 +18,6 @@ from requant.api.convert import convert, plan
 from requant.errors import CheckpointError, OutputError
 from requant.execution import executor as execute
 from requant.execution import source_reader
-from requant.execution.completed_work import CompletedWork
 from requant.output import folder as writer
 from requant.output import journal
 from requant.output.journal import read_journal
@@ -169,22 +168,25 @@ def test_a_partial_shard_that_was_touched_starts_over(dense: Path, tmp_path: Pat
 
 
 # -- loss of power ---------------------------------------------------------------------------
-def test_power_lost_in_the_middle(dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
+@pytest.mark.parametrize("merged_above", [0, 1 << 20])
+def test_power_lost_in_the_middle(
+    dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch, merged_above: int
+) -> None:
     """All that no line calls durable turns to garbage, and the run after that is whole."""
     convert(dense, tmp_path / "whole", bits=4)
     with monkeypatch.context() as patch:
         patch.setattr(journal, "SYNC_EVERY_S", 0.001)
+        patch.setattr(journal, "MERGED_ABOVE_BYTES", merged_above)
         real = execute._Run._compute_chunk
         patch.setattr(execute._Run, "_compute_chunk", lambda *a: (time.sleep(0.003), real(*a))[1])
         stopped(dense, tmp_path / "out", 40, bits=4)
     monkeypatch.setattr(journal, "boot_id", lambda: "after the power came back")
     staging = tmp_path / ".out.requant-partial"
-    done = CompletedWork()
-    for line in read_journal(staging / "journal")[1]:
-        done.add(line)
-    assert 5 < sum(map(len, done.rows.values())) < 41
+    _, done = read_journal(staging / "journal")
+    steps = plan(dense, bits=4).steps
+    assert 0 < sum(map(done.done_rows, done.rows)) < sum(step.rows.count for step in steps)
     garbled = 0
-    for number, step in enumerate(plan(dense, bits=4).steps):
+    for number, step in enumerate(steps):
         for start, stop in done.remaining(number, step.rows.count):
             for out in step.outputs.values():
                 row = step.row_bytes(out)
@@ -420,3 +422,4 @@ def test_killed_at_a_hundred_random_moments(
     assert reported["killed"] >= kills
     assert reported["resumed"] >= kills // 3
     assert reported["finished"] >= 4
+    assert reported["merged"] > 0

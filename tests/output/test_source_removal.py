@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from requant.errors import OutputError
+from requant.execution.completed_work import CompletedWork
 from requant.output.journal import Journal, read_journal
 from requant.output.source_removal import SourceRemoval, delete_source, write_header_stubs
 from requant.planning.planner import Planned, plan_with_source
@@ -18,7 +19,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[Journal]:
-    log = Journal(tmp_path / "journal", {"plan": "p"}, [], lambda: None)
+    log = Journal(tmp_path / "journal", {"plan": "p"}, CompletedWork(), lambda: None)
     yield log
     log.close()
 
@@ -47,7 +48,7 @@ def test_a_file_is_deleted_after_the_journal_has_it(
     assert (source / FIRST).exists() and (source / SECOND).exists()
     removal.remove(FIRST, journal)
     assert not (source / FIRST).exists()
-    assert {"deleted_source": FIRST} in read_journal(journal.path)[1]
+    assert read_journal(journal.path)[1].deleted_sources == [FIRST]
 
 
 def test_a_header_stub_plans_like_its_file(planned: Planned, source: Path, tmp_path: Path) -> None:
@@ -66,7 +67,8 @@ def test_a_header_stub_plans_like_its_file(planned: Planned, source: Path, tmp_p
 
 def test_what_a_killed_run_had_no_time_to_delete(planned: Planned, source: Path, tmp_path: Path):
     """One file is in the journal and still there; of the other all rows are done."""
-    log = Journal(tmp_path / "journal", {"plan": "p"}, [{"deleted_source": FIRST}], lambda: None)
+    done = CompletedWork(deleted_sources=[FIRST])
+    log = Journal(tmp_path / "journal", {"plan": "p"}, done, lambda: None)
     write_header_stubs(planned.source.opened, planned.plan.files, tmp_path / "stubs")
     removal_of(planned, tmp_path, rows_left=False).start(log)
     log.close()

@@ -108,13 +108,12 @@ class _Run:
 
     def _restore(self, before: CompletedWork) -> None:
         """Add what an earlier run did, and its statistics."""
-        for number, found in before.stats:
-            stats = LayerStats(**found)  # type: ignore[arg-type]  # as asdict gave it
+        for number, stats in before.stats.items():
             layer = self.plan.steps[number].layer
             self.outcome.findings.setdefault(layer, LayerStats()).merge(stats)
-        for number, ranges in before.rows.items():
+        for number in before.rows:
             step = self.plan.steps[number]
-            rows = sum(stop - start for start, stop in ranges)
+            rows = before.done_rows(number)
             self.bytes_done += step.bytes_in * rows // max(step.rows.count, 1)
 
     def run(self, progress: Callable[[Progress], None] | None) -> RunResult:
@@ -224,8 +223,7 @@ class _Run:
             self.stop.set()
             return
         if self.progress_log is not None:
-            done = chunk.number, chunk.start, chunk.stop, stats.nonzero_fields()
-            for name in self.progress_log.mark_done(*done):
+            for name in self.progress_log.mark_done(chunk.number, chunk.start, chunk.stop, stats):
                 self.reader.close_file(name)
 
     def _compute_chunk(

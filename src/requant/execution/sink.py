@@ -9,7 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
-from requant.execution.completed_work import CompletedWork, Stats
+from requant.execution.completed_work import CompletedWork
+from requant.execution.layer_stats import LayerStats
 from requant.planning.plan import OutputTensor, Plan
 
 
@@ -24,7 +25,7 @@ class ProgressLog(Protocol):
     def order(self) -> Sequence[int]:
         """Numbers of the plan's steps, in the order in which they are run."""
 
-    def mark_done(self, step: int, start: int, stop: int, found: Stats) -> Sequence[str]:
+    def mark_done(self, step: int, start: int, stop: int, found: LayerStats) -> Sequence[str]:
         """Record that a range of rows was written; returns source files that are needed no more.
 
         Thread-safe.

@@ -16,6 +16,7 @@ from requant.checkpoints.checkpoint import OpenedSource
 from requant.checkpoints.folder_files import CONFIG, INDEX, RECORD
 from requant.core.files import fsync, open_regular
 from requant.errors import InvariantError, OutputError
+from requant.execution.completed_work import CompletedWork
 from requant.output.journal import Journal, read_journal
 from requant.output.preflight import check_output
 from requant.output.progress import JournaledProgress
@@ -97,8 +98,8 @@ class OutputFolder:
     def _open(self) -> None:
         self._plan_hash = self.plan.hash
         head = self._journal_header()
-        before, entries = read_journal(self.staging.journal)
-        deleted = [line["deleted_source"] for line in entries if "deleted_source" in line]
+        before, done = read_journal(self.staging.journal)
+        deleted = done.deleted_sources
         if deleted and not (self.resume and self._removal):
             raise OutputError(
                 f"{self.output}: {pluralize_are(len(deleted), 'source file')} deleted already, and "
@@ -123,10 +124,10 @@ class OutputFolder:
                 "it is"
             )
         if not self.resumed:
-            entries = []
+            done = CompletedWork()
             self.staging.clear()
             self._files.create()
-        self._journal = Journal(self.staging.journal, head, entries, self._sync)
+        self._journal = Journal(self.staging.journal, head, done, self._sync)
         self._progress = JournaledProgress(self.plan, self._journal, self._files, self._removal)
         if self._removal is not None:
             self._removal.start(self._journal)
@@ -249,7 +250,7 @@ class OutputFolder:
     def _has_only_copy(self) -> bool:
         """Whether the data of deleted source files is in the hidden folder, and nowhere else."""
         if self._journal is None:
-            return any("deleted_source" in line for line in read_journal(self.staging.journal)[1])
+            return bool(read_journal(self.staging.journal)[1].deleted_sources)
         return bool(self._journal.state.deleted_sources) and self.staging.staged_output.exists()
 
 

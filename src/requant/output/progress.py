@@ -6,7 +6,8 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 
-from requant.execution.completed_work import CompletedWork, Stats
+from requant.execution.completed_work import CompletedWork
+from requant.execution.layer_stats import LayerStats
 from requant.output.journal import Journal
 from requant.output.shard_files import ShardFiles
 from requant.output.source_removal import SourceRemoval
@@ -47,7 +48,7 @@ class JournaledProgress:
             return self._removal.release.order
         return range(len(self._plan.steps))
 
-    def mark_done(self, step: int, start: int, stop: int, found: Stats) -> Sequence[str]:
+    def mark_done(self, step: int, start: int, stop: int, found: LayerStats) -> Sequence[str]:
         """Note a range of rows; hash the tensors, delete the source files that are done."""
         self.journal.mark_done(step, start, stop, found)
         whole = []
@@ -75,11 +76,7 @@ class JournaledProgress:
         """The share of the work that is done, from 0 to 1."""
         steps = self._plan.steps
         total = sum(step.rows.count * step.rows.columns for step in steps)
-        done = sum(
-            (stop - start) * steps[number].rows.columns
-            for number, ranges in self.state.rows.items()
-            for start, stop in ranges
-        )
+        done = sum(self.state.done_rows(n) * steps[n].rows.columns for n in self.state.rows)
         return done / total if total else 1.0
 
     def _hash(self, tensor: OutputTensor) -> None:
