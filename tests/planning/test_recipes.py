@@ -4,20 +4,25 @@ import json
 import re
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from requant.api.convert import convert, plan
 from requant.errors import UsageError
-from requant.libraries import MLX_LM
+from requant.libraries import LIBRARIES, MLX_LM, Request
+from requant.quantization.config import Quantization
 from requant.quantization.recipe_files import load_recipe
 from tests.support.checkpoints import model
 from tests.support.families import small_config
+from tests.support.library_models import write_model
 from tests.support.mlx_lm_conversion import class_checkpoint
-from tests.support.mlx_reference import assert_same_output, by_mlx_lm
+from tests.support.mlx_reference import as_bytes, assert_same_output, by_mlx_lm
 from tests.support.number_formats import bf16
 from tests.support.plan_texts import note_texts, reason_text
 
 pytestmark = pytest.mark.sweep(2)
+
+AFFINE = Quantization.affine(64, 4)
 
 
 def targets(made) -> dict[str, str]:
@@ -37,6 +42,28 @@ def test_mixed_recipes_are_mlx_lm_s(name: str, recipe: str, group_size: int, tmp
     )
     convert(model(name), tmp_path / "ours", recipe=recipe, group_size=group_size)
     assert_same_output(tmp_path / "ours", tmp_path / "theirs", expected)
+
+
+def test_recipes_of_mlx_vlm(tmp_path: Path) -> None:
+    """Tensors and config as ``mlx_vlm.convert --quant-predicate`` writes them."""
+    weights = write_model("mlx-vlm", tmp_path / "source")
+    assert weights
+    for recipe in sorted(LIBRARIES["mlx-vlm"].recipes):
+        request = Request(AFFINE, recipe)
+        theirs, ours = tmp_path / f"theirs-{recipe}", tmp_path / f"ours-{recipe}"
+        LIBRARIES["mlx-vlm"].convert(tmp_path / "source", theirs, request)
+        convert(tmp_path / "source", ours, recipe=recipe)
+        config = json.loads((theirs / "config.json").read_text())
+        assert json.loads((ours / "config.json").read_text()) == config
+        expected = mx.load(str(theirs / "model.safetensors"))
+        made = mx.load(str(ours / "model.safetensors"))
+        assert made.keys() == expected.keys()
+        assert all(as_bytes(made[name]) == as_bytes(x) for name, x in expected.items())
+
+
+def test_a_recipe_of_another_library_goes_by_names() -> None:
+    made = plan(model("micro-llama"), recipe="mixed_3_5", layout="mlx-lm")
+    assert set(targets(made).values()) == {"affine 3-bit g64", "affine 5-bit g64"}
 
 
 @pytest.mark.parametrize("recipe", sorted(MLX_LM.recipes))

@@ -18,10 +18,12 @@ pytest.importorskip("huggingface_hub")
 import yaml
 
 import requant
+from requant.api.convert import plan
 from requant.reports.front_matter import FrontMatter, read_front_matter
-from requant.reports.library_usage import LIBRARIES, task_of, usage
+from requant.reports.library_usage import LIBRARIES, command_of, task_of, usage
 from requant.reports.model_card import model_card
 from requant.reports.record_summary import Figures
+from tests.support.library_models import write_model
 
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
 GATED = """---
@@ -200,7 +202,11 @@ def test_the_card_of_a_text_only_output_has_another_task(figures: Figures) -> No
 
 # -- how to run it -----------------------------------------------------------------------------
 
-RUNS = [(layout, task) for layout, library in LIBRARIES.items() for task in library.run]
+RUNS = [
+    (layout, task)
+    for layout, library in LIBRARIES.items()
+    for task in {**library.commands, **library.python}
+]
 
 
 def section(layout: str, task: str, model: str = "me/m-4bit") -> str:
@@ -214,7 +220,7 @@ def section(layout: str, task: str, model: str = "me/m-4bit") -> str:
 def test_commands_and_imports_of_a_section_exist(layout: str, task: str) -> None:
     text = section(layout, task)
     assert "me/m-4bit" in text and "{" not in re.sub(r"\{\"role\".*\}", "", text)
-    for module, options in re.findall(r"python -m (\S+)((?: .*)?)", text):
+    for module, options in re.findall(r"^(?:or `)?(mlx_\S+)( .*)", text, re.MULTILINE):
         package = pytest.importorskip(module.partition(".")[0]).__name__
         place = Path(find_spec(package).origin).parent.joinpath(*module.split(".")[1:])
         files = [place.with_suffix(".py"), *place.rglob("*.py")]
@@ -226,6 +232,23 @@ def test_commands_and_imports_of_a_section_exist(layout: str, task: str) -> None
             if isinstance(node, ast.ImportFrom):
                 module = pytest.importorskip(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    ("library", "command"),
+    [
+        ("mlx-vlm", "mlx_vlm.generate --model 'a b' --prompt \"Describe this image.\" --image"),
+        ("mlx-audio", "mlx_audio.stt.generate --model 'a b' --audio audio.wav"),
+        ("mlx-embeddings", ""),
+    ],
+)
+def test_the_line_after_a_conversion(library: str, command: str, tmp_path: Path) -> None:
+    write_model(library, tmp_path)
+    made = plan(tmp_path, bits=4)
+    assert made.layout == library
+    assert command_of(made, "a b").startswith(command)
+    assert bool(command_of(made, "a b")) == bool(command)
+    assert command_of(replace(made, loads=False), "a b") == ""
 
 
 def test_the_python_of_mlx_lm_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,7 +131,7 @@ _PARAKEET = {
 # What families need beyond the common sizes.
 OWN: dict[str, dict[str, dict[str, Any]]] = {
     "mlx-vlm": {
-        "aya_vision": _SIGLIP,
+        "aya_vision": _SIGLIP | {"text_config": {"sliding_window_pattern": 2}},
         "colidefics3": {"vision_config": {"model_type": "idefics3"}},
         "d1": {"text_config": _CONV},
         "d1_omni": {"text_config": _CONV},
@@ -143,7 +143,11 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "glm5_next": {"text_config": {"num_key_value_heads": 4}, "num_key_value_heads": 4},
         "mimo_v2": {"text_config": mlx_lm_families.OWN["mimo_v2_flash"]},
         "paddleocr_vl": {"text_config": {"head_dim": 32, "hidden_act": "silu", "use_bias": False}},
-        "gemma3": {"mm_tokens_per_image": 16, "vision_config": {"image_size": 224}},
+        "gemma3": {
+            "mm_tokens_per_image": 16,
+            "vision_config": {"image_size": 224},
+            "text_config": {"sliding_window_pattern": 2},
+        },
         "internvl_chat": _SIGLIP,
         "kolibri1": _BOTH,
         "lfm2": _CONV,

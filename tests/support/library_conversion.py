@@ -74,7 +74,7 @@ def convert_both_ways(
     if quantization is None:
         options["dequantize"] = True
     elif recipe is not None:
-        options["recipe"] = recipe
+        options |= {"recipe": recipe, "group_size": quantization.group_size}
     else:
         options["quantization"] = quantization
     try:
@@ -156,7 +156,8 @@ def loaded(library: Library, folder: Path, only_weights: bool = False) -> nn.Mod
                 utils.load_model(folder, strict=True)
             else:
                 utils = importlib.import_module(f"{library.package}.utils")
-                utils.load_model(folder, path_to_repo=str(folder))
+                named = {"path_to_repo": str(folder)} if library.name == "mlx-embeddings" else {}
+                utils.load_model(folder, **named)
         except _LoadedError:
             pass
         mx.eval(filled[0].parameters())

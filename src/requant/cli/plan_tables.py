@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from requant.cli.table_printer import TablePrinter, without_numbers
 from requant.planning.plan import Treatment
 from requant.planning.release_order import peak_disk_bytes
-from requant.reports.run_command import command_of
+from requant.reports.library_usage import command_of
 from requant.text import format_seconds, format_size, join_first, pluralize
 
 if TYPE_CHECKING:

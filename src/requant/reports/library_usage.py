@@ -1,12 +1,13 @@
-"""What a model card says about each MLX library: its package, its tags, how it runs a model."""
+"""How each MLX library runs a model, for model cards and for the line after a conversion."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from requant.reports.run_command import generates_text
+from requant.planning.plan import Plan
 
 # Tasks as the hub spells them.
 TEXT = "text-generation"
@@ -32,6 +33,25 @@ _TRANSCRIBING_TYPES = ("whisper", "moonshine", "qwen3_asr")
 # Tasks of models with towers: not those of an output without them.
 _OF_TOWERS = (IMAGE_TEXT, AUDIO_TEXT, ANY, "video-text-to-text", "visual-question-answering")
 
+# Architectures without a head that predicts tokens: encoders, embedding and reward models.
+_HEADLESS = (
+    "Model",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForMaskedLM",
+    "Encoder",
+)
+_GENERATES = ("LMHeadModel",)
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tiktoken.model",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class LibraryUsage:
@@ -41,36 +61,40 @@ class LibraryUsage:
         package: Its name for pip; "" where no library is known to load the output.
         library_name: ``library_name`` of the card.
         tags: Tags of the card, next to those of the source.
-        run: Task -> Markdown of how to run the model; "" for any other task. ``{model}`` is the
-            repository.
+        commands: Task -> commands that run the model, one a line; "" for any other task.
+            ``{model}`` is a repository or folder.
+        python: The same in Python, which a card shows instead where there is some.
     """
 
     package: str
     library_name: str = "mlx"
     tags: tuple[str, ...] = ("mlx", "requant")
-    run: Mapping[str, str] = field(default_factory=dict)
+    commands: Mapping[str, str] = field(default_factory=dict)
+    python: Mapping[str, str] = field(default_factory=dict)
+
+    def section(self, task: str, model: str) -> str:
+        """Markdown of how to run a model."""
+        by_task = {**self.commands, **self.python}
+        task = task if task in by_task else ""
+        commands = self.commands.get(task, "").format(model=model)
+        if task not in self.python:
+            return f"```sh\n{commands}\n```\n"
+        text = f"```python\n{self.python[task].format(model=model)}```\n"
+        return f"{text}\nor `{commands}`.\n" if commands else text
 
 
-_SEE = """```sh
-python -m mlx_vlm.generate --model {model} --prompt "Describe this image." --image image.png
-```
-"""
-_HEAR = """```sh
-python -m mlx_vlm.generate --model {model} --prompt "What is said?" --audio audio.wav
-```
-"""
-_TRANSCRIBE = """```sh
-python -m mlx_audio.stt.generate --model {model} --audio audio.wav --output-path transcript
-```
-"""
+_SEE = 'mlx_vlm.generate --model {model} --prompt "Describe this image." --image image.png'
+_HEAR = 'mlx_vlm.generate --model {model} --prompt "What is said?" --audio audio.wav'
+_BY_TOWERS = {IMAGE_TEXT: _SEE, AUDIO_TEXT: _HEAR, ANY: f"{_SEE}\n{_HEAR}"}
+_TRANSCRIBE = "mlx_audio.stt.generate --model {model} --audio audio.wav --output-path transcript"
 
 # By the name of the layout (``--layout``).
 LIBRARIES: Mapping[str, LibraryUsage] = {
     "mlx-lm": LibraryUsage(
         "mlx-lm",
-        run={
-            "": """```python
-from mlx_lm import generate, load
+        commands={"": 'mlx_lm.generate --model {model} --prompt "Hello"'},
+        python={
+            "": """from mlx_lm import generate, load
 
 model, tokenizer = load("{model}")
 prompt = "What is a file?"
@@ -80,69 +104,62 @@ if tokenizer.chat_template is not None:
         messages, add_generation_prompt=True, return_dict=False
     )
 print(generate(model, tokenizer, prompt=prompt, max_tokens=256))
-```
-
-or `mlx_lm.generate --model {model} --prompt "What is a file?"`.
 """
         },
     ),
     "mlx-vlm": LibraryUsage(
         "mlx-vlm",
-        run={
+        commands={
             "": _SEE,
-            AUDIO_TEXT: _HEAR,
-            ANY: f"{_SEE}\n{_HEAR}",
-            TEXT: """```sh
-python -m mlx_vlm.generate --model {model} --prompt "What is a file?"
-```
-""",
+            **_BY_TOWERS,
+            TEXT: 'mlx_vlm.generate --model {model} --prompt "Hello"',
         },
     ),
     "mlx-audio": LibraryUsage(
         "mlx-audio",
         library_name="mlx-audio",
         tags=("mlx", "mlx-audio", "requant"),
-        run={
+        commands={
             TRANSCRIPTION: _TRANSCRIBE,
             AUDIO_TEXT: _TRANSCRIBE,
-            SPEECH: """```sh
-python -m mlx_audio.tts.generate --model {model} --text "What is a file?"
-```
-""",
-            "audio-to-audio": """```sh
-python -m mlx_audio.sts.generate --model {model} --audio audio.wav
-```
-""",
-            "": """```python
-from mlx_audio.utils import load_model
+            SPEECH: 'mlx_audio.tts.generate --model {model} --text "What is a file?"',
+            "audio-to-audio": "mlx_audio.sts.generate --model {model} --audio audio.wav",
+        },
+        python={
+            "": """from mlx_audio.utils import load_model
 
 model = load_model("{model}")
-```
-""",
+"""
         },
     ),
     "mlx-embeddings": LibraryUsage(
         "mlx-embeddings",
-        run={
-            "": """```python
-from mlx_embeddings import generate, load
+        python={
+            "": """from mlx_embeddings import generate, load
 
 model, tokenizer = load("{model}")
 texts = ["A file has a name.", "Folders hold files."]
 embeddings = generate(model, tokenizer, texts=texts).text_embeds
 print(embeddings @ embeddings.T)
-```
 """,
-            IMAGE_TEXT: """```python
-from mlx_embeddings import load
+            IMAGE_TEXT: """from mlx_embeddings import load
 
 model, processor = load("{model}")
-```
 """,
         },
     ),
-    "keep": LibraryUsage("", run={IMAGE_TEXT: _SEE, AUDIO_TEXT: _HEAR, ANY: f"{_SEE}\n{_HEAR}"}),
+    "keep": LibraryUsage("", commands=_BY_TOWERS),
 }
+
+
+def generates_text(config: Mapping[str, Any], files: Iterable[str]) -> bool:
+    """Return whether a model predicts tokens and has a tokenizer among its ``files``."""
+    files = {*files}
+    named = config.get("architectures")
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    if names and all(x.endswith(_HEADLESS) and not x.endswith(_GENERATES) for x in names):
+        return False
+    return "modules.json" not in files and not files.isdisjoint(_TOKENIZERS)
 
 
 def modalities(config: Mapping[str, Any]) -> str:
@@ -209,13 +226,29 @@ def usage(layout: str, task: str | None, config: Mapping[str, Any], model: str) 
             return (
                 f"{kept}, which mlx-vlm renames when it loads a model of a class that it has. "
                 "Whether it loads this one was not checked:\n\n"
-                f"```sh\npip install mlx-vlm\n```\n\n{library.run[towers].format(model=model)}"
+                f"```sh\npip install mlx-vlm\n```\n\n{library.section(towers, model)}"
             )
         return (
             f"{kept}: for custom loaders. For mlx-lm, convert with `--layout mlx-lm`, if it has a "
             "class for the model.\n"
         )
-    run = library.run.get(task or "", library.run[""])
     if layout == "mlx-embeddings" and towers:
-        run = library.run[IMAGE_TEXT]
-    return f"```sh\npip install {library.package}\n```\n\n{run.format(model=model)}"
+        task = IMAGE_TEXT
+    return f"```sh\npip install {library.package}\n```\n\n{library.section(task or '', model)}"
+
+
+def command_of(plan: Plan, output: str) -> str:
+    """The command that runs the model in the folder ``output``; "" if there is none."""
+    place = shlex.quote(f"./{output}" if output.startswith("-") else output)
+    layout, task = plan.layout, ""
+    if layout in ("mlx-lm", "keep"):
+        if not generates_text(plan.config, plan.side_files):
+            return ""
+        if plan.rotated and not plan.loads and layout == "mlx-lm" and not plan.load_error:
+            return f'requant generate {place} --prompt "Hello"'
+        layout = "mlx-lm"
+    else:
+        task = task_of(layout, plan.config, plan.side_files) or ""
+    commands = LIBRARIES[layout].commands
+    command = commands.get(task, commands.get("", "")).partition("\n")[0]
+    return command.format(model=place) if plan.loads else ""

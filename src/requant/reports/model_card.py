@@ -8,9 +8,8 @@ from requant.checkpoints.folder_files import CONFIG
 from requant.checkpoints.safetensors_folder import read_json
 from requant.planning.plan import Treatment
 from requant.reports.front_matter import FrontMatter
-from requant.reports.library_usage import LIBRARIES, task_of, usage
+from requant.reports.library_usage import LIBRARIES, generates_text, task_of, usage
 from requant.reports.record_summary import Figures
-from requant.reports.run_command import generates_text
 from requant.sources.hub_repository import CARD, Repository
 
 
