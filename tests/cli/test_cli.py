@@ -83,7 +83,8 @@ def test_generate_takes_every_option_that_is_not_about_files(requant: Requant) -
         {line.split()[0] for line in requant(c, "-h").out.splitlines() if line.startswith("  --")}
         for c in ("plan", "generate")
     ]
-    assert options[0] - options[1] == {"--layout", "--keep-extra", "--shard-size", "--save-recipe"}
+    files = {"--layout", "--keep-extra", "--shard-size", "--save-recipe", "--mmproj"}
+    assert options[0] - options[1] == files
 
 
 def test_start_imports_nothing_heavy() -> None:

@@ -1,6 +1,6 @@
 """Vision parts (mmproj) as GGUF files, written with the gguf package by llama.cpp's rules.
 
-``tests/fixtures/mmproj/llama-cpp.json`` records what its converter makes of the same weights.
+``mmproj_records/llama-cpp.json`` records what its converter makes of the same weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from tests.support.gguf_files import permuted
 
-_RECORDS = Path(__file__).parents[1] / "fixtures" / "mmproj" / "llama-cpp.json"
+_RECORDS = Path(__file__).parent / "mmproj_records" / "llama-cpp.json"
 _NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 8)
 _KINDS = gguf.GGMLQuantizationType
 _TEXT = ("language_model.", "model.language_model.", "model.text_model.", "lm_head.")
