@@ -1,4 +1,4 @@
-"""A quantized model that sees, converted with mlx-vlm's layout, and its distance from the source."""
+"""A quantized model that sees, converted with mlx-vlm's layout, and how exact the result is."""
 
 from __future__ import annotations
 
