@@ -1,4 +1,4 @@
-"""A quantized model that sees, converted with mlx-vlm's layout, against its source."""
+"""A quantized model that sees, converted with mlx-vlm's layout, and how exact the result is."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Result:
         target: Their quantization in the output.
         value_error: Largest difference of a value to the source's, relative to the layer's
             largest.
-        logit_error: Largest difference of a logit to the decoded twin's, relative to the largest.
+        logit_error: The same of the logits and those of the decoded counterpart.
     """
 
     exactness: str
@@ -40,7 +40,7 @@ class Result:
 
 
 def convert_form(family: str, form: str, work: Path) -> Result:
-    """Write a model in a form, convert it and its decoded twin, load and run both."""
+    """Write a model in a form, convert it and its decoded counterpart, load and run both."""
     written, options = write_form(family, FORMS[form], work), FORMS[form].options
     plan = requant.plan(written.folder, layout="mlx-vlm", **options)
     requant.convert(written.folder, work / "out", layout="mlx-vlm", **options)

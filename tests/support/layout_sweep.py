@@ -2,7 +2,7 @@
 
 ``python -m tests.support.layout_sweep LIBRARY`` reads names of packages, one a line, and answers
 each with a line of JSON: some packages end the process that imports them, so the caller can start
-another one and go on.
+another one and continue.
 """
 
 from __future__ import annotations

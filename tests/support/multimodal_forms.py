@@ -189,7 +189,7 @@ class Written:
 
 
 def write_form(family: str, form: Form, work: Path) -> Written:
-    """Write a small model of mlx-vlm in a quantized form, and its decoded twin.
+    """Write a small model of mlx-vlm in a quantized form, and its decoded counterpart.
 
     Args:
         family: One of ``FAMILIES``.
