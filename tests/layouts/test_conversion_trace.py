@@ -156,6 +156,24 @@ def test_a_class_that_reads_another_file(monkeypatch: pytest.MonkeyPatch) -> Non
         lay_out()
 
 
+def test_nothing_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = llama.Model.__init__
+
+    def evaluating(self: Any, args: Any) -> None:
+        init(self, args)
+        mx.eval(mx.zeros((1 << 23, 1 << 23), mx.uint8))  # 64 TiB
+
+    monkeypatch.setattr(llama.Model, "__init__", evaluating)
+    assert lay_out().targets
+
+
+def test_side_files_are_read(tmp_path: Path) -> None:
+    name = "generation_config.json"
+    (tmp_path / name).write_text('{"eos_token_id": [7, 8]}')
+    layout = library_layout(MLX_LM, Shown(CONFIG, INFOS, {name: tmp_path / name}), REQUEST)
+    assert layout.config["eos_token_id"] == [7, 8]
+
+
 def test_a_part_that_is_quantized_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its names would be those of the part, and the other tensors would be lost."""
 

@@ -17,7 +17,7 @@ DEFAULT_CHUNK_BYTES = 4 << 20
 STRIDED_CHUNK_BYTES = 64 << 20
 # Python, NumPy and the plan itself, before the first buffer (measured: 45 to 60 MB).
 BASE_MEMORY_BYTES = 80 << 20
-# What the import of mlx-lm adds (measured: 41 MB).
+# What the import of a library adds (measured: 41 MB for mlx-lm).
 MLX_LM_MEMORY_BYTES = 48 << 20
 
 
@@ -28,7 +28,7 @@ class ResourceLimits:
     threads: int
     chunk_bytes: int
     strided_bytes: int = 0  # for steps that read in strides; 0: as any other
-    overhead_bytes: int = 0  # held next to the chunks: mlx-lm, and tensors that it computes
+    overhead_bytes: int = 0  # held next to the chunks: the library, and tensors that it computes
 
     def chunk_bytes_for(self, step: Step) -> int:
         """Bytes that a worker holds of a step at a time."""

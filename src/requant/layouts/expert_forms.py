@@ -2,7 +2,7 @@
 
 The same experts are published in several forms: one tensor for each expert and projection, or
 stacks; gate and up apart, or in one tensor (fused); rows as outputs, or transposed. A class of
-mlx-lm loads one or two of them. The conversions here are functions of weight maps on MLX arrays,
+A class loads one or two of them. The conversions here are functions of weight maps on MLX arrays,
 so that they can be traced and computed as a part of the class's own ``sanitize``::
 
     model.layers.0.mlp.experts.7.gate_proj.weight   (out, in)              one by one

@@ -1,4 +1,4 @@
-"""The two ways in which a tensor of mlx-lm's layout is made: bytes of the source, or computed.
+"""The two ways in which a tensor of a library's layout is made: bytes of the source, or computed.
 
 Plain data without MLX, so that plans can be read where MLX is not installed.
 """

@@ -1,7 +1,7 @@
 """Find the rows of source layers that an output consists of, and their byte ranges.
 
-mlx-lm is shown dense weights. Where its layout only moves whole rows of these, the rows of codes,
-scales and biases can be moved in the same way, though they have other sizes in bytes.
+A library is shown dense weights. Where its layout only moves whole rows of these, the rows of
+codes, scales and biases can be moved in the same way, though they have other sizes in bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def row_runs(output: ByteCopy, layers: Mapping[str, SourceLayer]) -> tuple[RowRa
     """The rows of source layers that an output consists of; None if it is not made of whole rows.
 
     Args:
-        output: Its bytes, as ranges of the dense weights that mlx-lm was shown.
-        layers: Name that mlx-lm was shown -> layer.
+        output: Its bytes, as ranges of the dense weights that the library was shown.
+        layers: Name that the library was shown -> layer.
 
     Example: ``a`` is a BF16 weight of shape (4, 8), so that a row has 8 * 2 = 16 bytes.
 

@@ -94,7 +94,7 @@ def candidates(config: Mapping[str, Any], layout: SourceLayout) -> list[Library]
     """The libraries that ``--layout auto`` tries, in this order.
 
     A model that sees is mlx-vlm's and one that only hears is mlx-audio's, where they are installed
-    and have a class; mlx-lm is for text, and for what remains: encoders are mlx-embeddings'.
+    and have a class; mlx-lm is for text, and mlx-embeddings for encoders that it does not take.
     """
     sees, hears = modalities(layout.layers, config)
     others = [MLX_LM, LIBRARIES["mlx-audio"], LIBRARIES["mlx-embeddings"]]

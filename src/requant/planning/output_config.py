@@ -78,8 +78,8 @@ def output_config(
 def _base_config(selector: TargetSelector) -> dict[str, Any]:
     """The source's config, or the library's.
 
-    mlx-lm removes ``vision_config``, by which loaders decide what to expect: it is kept only
-    where a tower is.
+    mlx-lm's converter removes ``vision_config``, by which loaders decide what to expect: it is kept
+    only where a tower is.
     """
     source = selector.checkpoint.config
     if selector.library_layout is None or selector.relayout is None:
