@@ -135,9 +135,9 @@ def test_a_class_that_fails(source: Path, monkeypatch: MonkeyPatch) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlx-vlm's own recipe": {"recipe": "mixed_3_8"},
     "a recipe of requant": {"recipe": "down-6"},
-    "budget": {"budget": 9.0},
+    "budget": {"budget": 12.0},
     "search": {"bits": 4, "search": "best"},
-    "a tower": {"bits": 4, "overrides": {"vision": 8}},
+    "a tower": {"bits": 4, "overrides": ["vision=8"]},
     "gptq": {"bits": 3, "gptq": True},
 }
 

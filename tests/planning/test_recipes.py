@@ -9,7 +9,7 @@ import pytest
 from requant.api.convert import convert, plan
 from requant.errors import UsageError
 from requant.quantization.recipe_files import load_recipe
-from requant.quantization.recipes import MIXED
+from requant.libraries import MLX_LM
 from tests.support.checkpoints import model
 from tests.support.families import small_config
 from tests.support.mlx_lm_conversion import class_checkpoint
@@ -25,7 +25,7 @@ def targets(made) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("group_size", [64, 32])
-@pytest.mark.parametrize("recipe", MIXED)
+@pytest.mark.parametrize("recipe", sorted(MLX_LM.recipes))
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
 def test_mixed_recipes_are_mlx_lm_s(name: str, recipe: str, group_size: int, tmp_path: Path):
     expected = by_mlx_lm(
@@ -39,7 +39,7 @@ def test_mixed_recipes_are_mlx_lm_s(name: str, recipe: str, group_size: int, tmp
     assert_same_output(tmp_path / "ours", tmp_path / "theirs", expected)
 
 
-@pytest.mark.parametrize("recipe", MIXED)
+@pytest.mark.parametrize("recipe", sorted(MLX_LM.recipes))
 @pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
 def test_by_names_alone_the_choice_is_the_same(name: str, recipe: str) -> None:
     """With the names kept, the same layers get the same bits (a router stays dense there)."""

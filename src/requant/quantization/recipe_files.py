@@ -39,7 +39,9 @@ def load_recipe(name: str | os.PathLike[str]) -> Recipe:
     text = os.fspath(name)
     if text in MIXED:
         low, high = MIXED[text]
-        words = f"mlx-lm's own: {high} bits where its rule finds errors cost most, else {low}"
+        words = (
+            f"{_owner(text)}'s own: {high} bits where its rule finds errors cost most, else {low}"
+        )
         return Recipe(text, words, is_mixed=True)
     is_file = text.endswith(".toml") or Path(text).name != text
     if not is_file and text not in recipe_names():
@@ -49,6 +51,11 @@ def load_recipe(name: str | os.PathLike[str]) -> Recipe:
     return parse_recipe(_read(path), text, is_shipped=not is_file)
 
 
+def _owner(name: str) -> str:
+    """The library whose rule a mixed recipe is; mlx-vlm has those of mlx-lm too."""
+    return "mlx-vlm" if name in ("mixed_3_5", "mixed_3_8", "mixed_4_8") else "mlx-lm"
+
+
 def _known(word: str, known: Sequence[str]) -> str:
     """``close matches: head; known: embedding, head``."""
     near = difflib.get_close_matches(word, known, 1)
@@ -56,14 +63,15 @@ def _known(word: str, known: Sequence[str]) -> str:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The text of the recipe's file, or a description of mlx-lm's rule."""
+    """The text of the recipe's file, or a description of the library's rule."""
     if not recipe.is_mixed:
         return _read(
             BUILTIN_RECIPES / f"{recipe.name}.toml" if recipe.is_builtin else Path(recipe.name)
         )
-    low, high = MIXED[recipe.name]
+    (low, high), owner = MIXED[recipe.name], _owner(recipe.name)
+    convert = f"{owner.replace('-', '_')}.convert --quant-predicate"
     return (
-        f"# {recipe.name} is mlx-lm's (mlx_lm.convert --quant-predicate) and no file:\n"
+        f"# {recipe.name} is {owner}'s ({convert}) and no file:\n"
         f"# {high} bits: lm_head; v_proj, v_a_proj, v_b_proj and down_proj in the first and the\n"
         "#   last eighth of the blocks, and in every third block between\n"
         f"# {low} bits: every other layer\n"
@@ -146,7 +154,9 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     for key in ("is_mixed", "is_builtin"):
         reader.typed(key, data[key], bool, "true or false")
     if data["is_mixed"] and data["name"] not in MIXED:
-        reader.report("name", f"is {format_value(data['name'])}; mlx-lm's are {', '.join(MIXED)}")
+        reader.report(
+            "name", f"is {format_value(data['name'])}; the libraries' are {', '.join(MIXED)}"
+        )
     if reader.problems:
         raise UsageError("; ".join(map(str, reader.problems)))
     return Recipe(**{**data, "rules": tuple(x for x in rules if x)})

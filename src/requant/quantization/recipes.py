@@ -1,7 +1,7 @@
 """Recipes: which layers take how many bits, chosen by role, name and block position.
 
-A recipe is a TOML file, built-in or the user's; or one of mlx-lm's four mixed recipes, whose choice
-is fixed. docs/recipes.md describes the file. Nothing here reads a checkpoint.
+A recipe is a TOML file, built-in or the user's; or one of the MLX libraries' mixed recipes, whose
+choice is fixed. docs/recipes.md describes the file. Nothing here reads a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,9 +17,17 @@ from requant.quantization.config import Quantization
 from requant.quantization.roles import ROLES, block_positions
 from requant.quantization.specs import Spec, parse_spec
 
-# mlx-lm's recipes: bits of most layers, and of those that its rule prefers
-# (mlx_lm/convert.py, mixed_quant_predicate_builder).
-MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+# Recipes of the MLX libraries: bits of most layers, and of those that their rule prefers
+# (mixed_quant_predicate_builder in mlx_lm/convert.py; mlx_vlm/convert.py has three more).
+MIXED = {
+    "mixed_2_6": (2, 6),
+    "mixed_3_4": (3, 4),
+    "mixed_3_6": (3, 6),
+    "mixed_4_6": (4, 6),
+    "mixed_3_5": (3, 5),
+    "mixed_3_8": (3, 8),
+    "mixed_4_8": (4, 8),
+}
 
 
 @dataclass(frozen=True, slots=True)
