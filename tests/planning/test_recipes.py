@@ -8,8 +8,8 @@ import pytest
 
 from requant.api.convert import convert, plan
 from requant.errors import UsageError
-from requant.quantization.recipe_files import load_recipe
 from requant.libraries import MLX_LM
+from requant.quantization.recipe_files import load_recipe
 from tests.support.checkpoints import model
 from tests.support.families import small_config
 from tests.support.mlx_lm_conversion import class_checkpoint
