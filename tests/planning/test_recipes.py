@@ -3,8 +3,10 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from pytest import MonkeyPatch
 
 from requant.api.convert import convert, plan
 from requant.errors import UsageError
@@ -12,10 +14,12 @@ from requant.libraries import MLX_LM
 from requant.quantization.recipe_files import load_recipe
 from tests.support.checkpoints import model
 from tests.support.families import small_config
+from tests.support.library_models import write_model
 from tests.support.mlx_lm_conversion import class_checkpoint
 from tests.support.mlx_reference import assert_same_output, by_mlx_lm
 from tests.support.number_formats import bf16
 from tests.support.plan_texts import note_texts, reason_text
+from tests.support.safetensors_files import read_folder
 
 pytestmark = pytest.mark.sweep(2)
 
@@ -37,6 +41,26 @@ def test_mixed_recipes_are_mlx_lm_s(name: str, recipe: str, group_size: int, tmp
     )
     convert(model(name), tmp_path / "ours", recipe=recipe, group_size=group_size)
     assert_same_output(tmp_path / "ours", tmp_path / "theirs", expected)
+
+
+@pytest.mark.parametrize("recipe", ["mixed_3_5", "mixed_3_8", "mixed_4_8"])
+def test_further_recipes_are_mlx_vlm_s(recipe: str, tmp_path: Path, monkeypatch: MonkeyPatch):
+    write_model("mlx-vlm", tmp_path / "source")
+    from mlx_vlm import utils
+    from mlx_vlm.convert import convert as library_convert
+
+    monkeypatch.setattr(utils, "load_processor", lambda *_, **__: Mock())
+    arguments = {"quantize": True, "q_group_size": 64, "q_bits": 4, "quant_predicate": recipe}
+    library_convert(str(tmp_path / "source"), str(tmp_path / "theirs"), **arguments)
+    convert(tmp_path / "source", tmp_path / "ours", recipe=recipe, layout="mlx-vlm")
+    theirs, ours = (read_folder(tmp_path / name) for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    assert all(array.tobytes() == ours[name].tobytes() for name, array in theirs.items())
+    blocks = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization"]
+        for name in ("theirs", "ours")
+    ]
+    assert blocks[0] == blocks[1]
 
 
 @pytest.mark.parametrize("recipe", sorted(MLX_LM.recipes))
