@@ -117,7 +117,8 @@ def calibrate(
     weights are in memory at a time, and the text's hidden states are on the disk.
 
     Args:
-        model: Whatever ``requant.mlx_lm.load`` takes.
+        model: Whatever ``requant.mlx_lm.load`` or ``requant.mlx_vlm.load`` takes; of a multimodal
+            model the language model is run, and only over text.
         output: File to write, ``.safetensors``.
         text: Text files, or ``.jsonl`` with a string or an object with ``text`` a line; None for
             a short text that comes with requant.
@@ -139,7 +140,8 @@ def calibrate(
 
     Raises:
         HubError: A repository cannot be reached or denies access.
-        CheckpointError: The model cannot be read, or mlx-lm has no class for it.
+        CheckpointError: The model cannot be read, or neither mlx-lm nor mlx-vlm has a
+            class for it that reads text.
         UsageError: The text is too short, or the output's name is not a ``.safetensors``.
         OutputError: The output exists or cannot be written.
     """

@@ -200,7 +200,7 @@ def _run(model: TextModel, ids: np.ndarray) -> None:
 
     try:
         model(mx.array(ids[None]))
-    except (AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise NotBlockwiseError(f"its code wants its own blocks: {error}") from error
 
 

@@ -181,8 +181,9 @@ def calibrate(
 
     The statistics describe the inputs of each layer and weight the scale search of convert
     --imatrix FILE. Give text like that which the model will process, but not the text of an
-    evaluation. Needs mlx-lm; one block's weights are in memory at a time. Stopped, the same
-    command resumes where it was.
+    evaluation. Needs mlx-lm; of a model that sees, the language model is run, without images, in
+    mlx-vlm if mlx-lm has no class for it. One block's weights are in memory at a time. Stopped,
+    the same command resumes where it was.
 
     \b
     Examples:

@@ -17,7 +17,7 @@ from requant.core.regex import search
 from requant.errors import Problem
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import describe_encoding
-from requant.layouts.left_dense import left_dense
+from requant.layouts.left_dense import is_of_a_tower, left_dense
 from requant.layouts.relayout import Relayout
 from requant.planning.target_fitting import fit_codes, fit_dense_layer
 from requant.quantization.config import SKIP, Quantization
@@ -247,7 +247,9 @@ def _library_target(selector: TargetSelector, layer: SourceLayer) -> LayerDecisi
         own = layer.default_target if layer.is_quantized else None
     if choice is None or not isinstance(choice.spec, Quantization) or choice.spec == own:
         return LayerDecision(layer, own, reason)
-    if own is None and not (choice.explicit and layer.path in library.quantizable):
+    # A rule for a role is for language models: in a tower, only one that names the layer holds.
+    is_asked = choice.names or (choice.explicit and not is_of_a_tower(layer.path))
+    if own is None and not (is_asked and layer.path in library.quantizable):
         return LayerDecision(layer, own, reason)
     group_size, n_in = choice.spec.group_size, layer.shape[-1]
     if n_in % group_size:

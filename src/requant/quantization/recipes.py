@@ -1,7 +1,7 @@
 """Recipes: which layers take how many bits, chosen by role, name and block position.
 
-A recipe is a TOML file, built-in or the user's; or one of mlx-lm's four mixed recipes, whose choice
-is fixed. docs/recipes.md describes the file. Nothing here reads a checkpoint.
+A recipe is a TOML file, built-in or the user's; or one of the MLX libraries' mixed recipes, whose
+choice is fixed. docs/recipes.md describes the file. Nothing here reads a checkpoint.
 """
 
 from __future__ import annotations
