@@ -78,7 +78,7 @@ class CompletedWork:
 def merge_range(borders: Borders, start: int, stop: int) -> Borders:
     """Ranges with another one, which may touch or overlap them.
 
-    A row lies within a range if the number of borders up to it is odd: then its range goes on.
+    A row lies within a range if the number of borders up to it is odd.
 
     Example: of ``(0, 10, 30, 40)`` and 10 to 20, the start is within the first range, or touches
     it (one border is less than 10), the stop within none (two borders are at most 20):
