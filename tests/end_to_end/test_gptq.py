@@ -16,7 +16,11 @@ from requant.errors import CheckpointError, RequantError, UsageError
 from requant.importance.reader import LayerStatistics, write_statistics
 from requant.kernels import gptq
 from requant.kernels import quantize as native
+from requant.output.journal import read_journal
+from requant.output.staging import staging_dir
 from requant.quantization.config import Quantization
+from tests.support.checkpoints import tree
+from tests.support.interruptions import Stop, stop_after
 from tests.support.plan_texts import note_texts, reason_text
 from tests.support.safetensors_files import read_folder, write_file
 
@@ -221,3 +225,20 @@ def test_weighted_errors_are_the_sums(weights: np.ndarray | None) -> None:
     wide, far = dense.astype(np.float64), decoded.astype(np.float64)
     assert error == pytest.approx((each * (far - wide) ** 2).sum(), rel=1e-5)
     assert energy == pytest.approx((each * wide**2).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 7, 11])
+def test_a_stopped_run_resumes_within_a_layer(
+    chunks: int, source: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer is one worker's, but what it has written of it is not written again."""
+    small = {"chunk_bytes": 3000, "statistics": stats, **OPTIONS}
+    requant.convert(source, tmp_path / "whole", statistics=stats, **OPTIONS)
+    with monkeypatch.context() as patch:
+        stop_after(patch, chunks)
+        with pytest.raises(Stop):
+            requant.convert(source, tmp_path / "out", threads=1, **small)
+    _, done = read_journal(staging_dir(tmp_path / "out") / "journal")
+    assert sum(map(done.done_rows, done.rows)) > 0
+    requant.convert(source, tmp_path / "out", threads=3, **small)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")

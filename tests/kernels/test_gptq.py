@@ -185,3 +185,13 @@ def test_shapes_that_disagree_are_both_reported() -> None:
         gptq.quantize(
             weights_of(2, 128), gptq.compensation_of(np.eye(64), 64), Quantization.affine(64, 4)
         )
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 128, 129, 255, 300])
+def test_the_inverse_of_a_triangle_is_numpy_s(n: int) -> None:
+    rng = np.random.default_rng(n)
+    triangle = np.triu(rng.normal(size=(n, n)) * 0.1) + 2.0 * np.eye(n)
+    made = np.zeros((n, n))
+    gptq._invert_upper(triangle, made)
+    np.testing.assert_allclose(made, np.linalg.inv(triangle), rtol=1e-9, atol=1e-12)
+    assert not np.tril(made, -1).any()

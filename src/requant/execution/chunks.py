@@ -109,13 +109,18 @@ def matrix_runs(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
 def remaining_chunks(
     steps: Sequence[Step], limits: ResourceLimits, progress_log: ProgressLog | None
 ) -> Iterator[Chunk]:
-    """The chunks that are not done; a step with a computed tensor is one, for one worker."""
+    """The chunks that are not done.
+
+    A step with a computed tensor, or a Hessian to factor (GPTQ), is one chunk: one worker makes
+    what its rows need, while the others work on other steps.
+    """
     before = CompletedWork() if progress_log is None else progress_log.state
     for number in range(len(steps)) if progress_log is None else progress_log.order:
         step = steps[number]
         for start, stop in list(before.remaining(number, step.rows.count)):
             whole = Chunk(step, start, stop, number)
-            if any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values()):
+            computed = any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values())
+            if computed or step.gptq:
                 yield whole
             else:
                 yield from whole.parts(limits.chunk_bytes_for(step))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from requant.execution.operations import Arrays, WorkerBuffers, make_outputs
 from requant.execution.resources import ResourceLimits
 from requant.execution.sink import ProgressLog, Sink
 from requant.execution.source_reader import RunCancelled, SourceReader, bytes_of
+from requant.kernels.blas_threads import one_blas_thread
 from requant.packings.base import Packing
 from requant.planning.plan import Plan
 from requant.planning.plan_source import PlanSource
@@ -66,7 +68,9 @@ def run_plan(
     """
     before = sink.progress_log.state.deleted_sources if sink.progress_log is not None else ()
     needed = _files_to_read(plan, sink.progress_log)
-    with SourceReader(plan.files, source.opened, tuple(before), needed) as reader:
+    reader = SourceReader(plan.files, source.opened, tuple(before), needed)
+    has_hessians = any(step.gptq for step in plan.steps)
+    with reader, one_blas_thread() if has_hessians else nullcontext():
         return _Run(plan, source, reader, sink, limits, stop_at=stop_at).run(progress)
 
 
@@ -100,7 +104,7 @@ class _Run:
         self.stop, self.stop_at = reader.stop, stop_at
         self.done = threading.Event()
         self.running = limits.threads
-        self.hessians = HessianCache(limits.threads)
+        self.hessians = HessianCache(limits.threads, limits.factorizations)
         self.outcome = RunResult()
         self.layer, self.bytes_done, self.bytes_written = "", 0, 0
         if self.progress_log is not None:
@@ -181,7 +185,7 @@ class _Run:
             for tensor in chunk.step.inputs.values()
             if isinstance(tensor, ComputedTensor)
         }
-        for part in chunk.parts(self.limits.chunk_bytes) if computed else (chunk,):
+        for part in chunk.parts(self.limits.chunk_bytes_for(chunk.step)):
             if not self.stop.is_set():
                 self._run_chunk(part, buffers, computed)
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from concurrent.futures import Future
 
 from requant.importance.statistics_file import Importance, MatrixStatistics
 from requant.kernels.gptq import Compensation, compensation_of
 
 
 class HessianCache:
-    """Compensations by matrix; of more than ``keep`` the least recently used is dropped."""
+    """Compensations by matrix; of more than ``keep`` the least recently used is dropped.
 
-    def __init__(self, keep: int) -> None:
+    Several are factored at a time, at most ``factorizations``. A worker waits if another factors
+    the matrix that it needs.
+    """
+
+    def __init__(self, keep: int, factorizations: int = 1) -> None:
         self._keep = keep
-        self._compensations: OrderedDict[MatrixStatistics, Compensation | None] = OrderedDict()
-        self._lock = threading.Lock()  # one factorisation at a time: LAPACK has threads of its own
+        self._compensations: OrderedDict[MatrixStatistics, Future[Compensation | None]]
+        self._compensations = OrderedDict()
+        self._lock, self._free = threading.Lock(), threading.Semaphore(factorizations)
 
     def compensation(self, importance: Importance, matrix: int) -> Compensation | None:
         """The compensation of a matrix; None if no token reached it.
@@ -26,18 +32,30 @@ class HessianCache:
         """
         key = importance.entry(matrix)
         with self._lock:
-            if key in self._compensations:
-                self._compensations.move_to_end(key)
-                return self._compensations[key]
-            compensation = None
-            if importance.weights(matrix) is not None:
-                compensation = compensation_of(importance.hessian(matrix), importance.in_features)
-            self._compensations[key] = compensation
+            found = self._compensations.get(key)
+            is_new = found is None
+            if found is None:
+                found = self._compensations[key] = Future()
+            self._compensations.move_to_end(key)
             while len(self._compensations) > self._keep:
                 self._compensations.popitem(last=False)
-            return compensation
+        if is_new:
+            try:
+                found.set_result(self._factor(importance, matrix))
+            except BaseException as error:
+                found.set_exception(error)
+        return found.result()
+
+    def _factor(self, importance: Importance, matrix: int) -> Compensation | None:
+        if importance.weights(matrix) is None:
+            return None
+        with self._free:
+            return compensation_of(importance.hessian(matrix), importance.in_features)
 
 
-def bytes_for(n_in: int, keep: int) -> int:
-    """Bytes for factoring ``n_in`` inputs: four float64 matrices, and the ones that are kept."""
-    return n_in * n_in * (4 * 8 + 4 * (keep + 1))
+def bytes_for(n_in: int, keep: int, factorizations: int) -> int:
+    """Bytes for ``n_in`` inputs: those that are kept, and four float64 matrices for each factored.
+
+    ``keep`` and ``factorizations`` as ``HessianCache`` takes them.
+    """
+    return n_in * n_in * (4 * 8 * factorizations + 4 * keep)

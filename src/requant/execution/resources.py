@@ -29,6 +29,7 @@ class ResourceLimits:
     chunk_bytes: int
     strided_bytes: int = 0  # for steps that read in strides; 0: as any other
     overhead_bytes: int = 0  # held next to the chunks: the library, and tensors that it computes
+    factorizations: int = 1  # Hessians that are factored at a time
 
     def chunk_bytes_for(self, step: Step) -> int:
         """Bytes that a worker holds of a step at a time."""
@@ -52,7 +53,8 @@ def plan_resources(
 
     A worker holds the longest row of the plan at least. By default there is a thread for every
     processor of this process, with small chunks that suit its cache; ``chunk_bytes`` overrules
-    their size, for tests and tuning.
+    their size, for tests and tuning. As many Hessians are factored at a time as the memory holds,
+    without ``max_memory`` half of the machine's.
 
     Raises:
         OutOfRangeError: Not even one row a worker fits into ``max_memory``.
@@ -64,20 +66,45 @@ def plan_resources(
     if max_memory is None:
         strided = [s for s in plan.steps if s.packing is not None and s.packing.strided]
         widest = max((s.rows.count * s.work_bytes_per_row for s in strided), default=0)
+        spare = _memory_of_machine() // 2 - _overhead_bytes(plan, threads)
+        factorizations = _factorizations(plan, threads, spare)
         return ResourceLimits(
             threads,
             max(chunk_bytes or DEFAULT_CHUNK_BYTES, longest),
             0 if chunk_bytes else min(STRIDED_CHUNK_BYTES, widest),
-            _overhead_bytes(plan, threads),
+            _overhead_bytes(plan, threads, factorizations),
+            factorizations,
         )
     _check_memory(plan, max_memory, longest)
     while max_memory < BASE_MEMORY_BYTES + _overhead_bytes(plan, threads) + threads * longest:
         threads -= 1
-    overhead = _overhead_bytes(plan, threads)
+    room = max_memory - BASE_MEMORY_BYTES - _overhead_bytes(plan, threads)
+    wanted = chunk_bytes or DEFAULT_CHUNK_BYTES
+    factorizations = _factorizations(plan, threads, room - threads * max(wanted, longest))
+    overhead = _overhead_bytes(plan, threads, factorizations)
     room = (max_memory - BASE_MEMORY_BYTES - overhead) // threads
     return ResourceLimits(
-        threads, min(chunk_bytes or DEFAULT_CHUNK_BYTES, room), overhead_bytes=overhead
+        threads,
+        min(wanted, room),
+        overhead_bytes=overhead,
+        factorizations=factorizations,
     )
+
+
+def _factorizations(plan: Plan, threads: int, spare: int) -> int:
+    """Hessians to factor at a time: one, and as many more as ``spare`` bytes hold."""
+    widest = _most_gptq_inputs(plan)
+    more = spare // bytes_for(widest, 0, 1) if widest else 0
+    return 1 + min(max(more, 0), threads - 1)
+
+
+def _most_gptq_inputs(plan: Plan) -> int:
+    return max((step.rows.columns for step in plan.steps if step.gptq), default=0)
+
+
+def _memory_of_machine() -> int:
+    """Bytes of physical memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _usable_processors() -> int:
@@ -108,14 +135,13 @@ def _held_next_to(plan: Plan) -> str:
     return " and ".join(held)
 
 
-def _overhead_bytes(plan: Plan, threads: int) -> int:
+def _overhead_bytes(plan: Plan, threads: int, factorizations: int = 1) -> int:
     """Bytes that are held next to the workers' chunks.
 
     One computed tensor at a time is made, from all of its inputs; meanwhile each other
     worker may hold another that is ready, and small ones of the same batch wait.
     """
-    widest = max((step.rows.columns for step in plan.steps if step.gptq), default=0)
-    factored = bytes_for(widest, threads)
+    factored = bytes_for(_most_gptq_inputs(plan), threads, factorizations)
     if plan.layout == "keep":
         return factored
     sizes = {

@@ -24,6 +24,7 @@ Array = np.ndarray
 DAMPING = 0.01  # of the mean of the diagonal, added to it
 _GROWTH = 10.0
 _MOST_DAMPING = 10.0
+_SMALL_TRIANGLE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,31 @@ def _propagation(hessian: Array, dead: Array, added: float) -> Array | None:
     try:
         # Reversed, L L^T becomes R R^T with R upper triangular; then U = inverse(R).
         lower = np.linalg.cholesky(damped[::-1, ::-1])
-        upper = np.linalg.inv(lower[::-1, ::-1])
     except np.linalg.LinAlgError:
         return None
-    shares = np.triu(upper / np.diagonal(upper)[:, None]).astype(np.float32)
+    upper = damped  # its memory is used again
+    upper[:] = 0.0
+    _invert_upper(lower[::-1, ::-1], upper)
+    upper /= np.diagonal(upper)[:, None].copy()
+    shares = upper.astype(np.float32)
     return shares if np.isfinite(shares).all() else None
+
+
+def _invert_upper(triangle: Array, into: Array) -> None:
+    """Invert an upper triangular matrix by halves: a quarter of a general inverse's products.
+
+    With ``triangle = [[A, B], [0, C]]`` it is ``[[A^-1, -A^-1 B C^-1], [0, C^-1]]``. ``into`` is
+    zero.
+    """
+    half = len(triangle) // 2
+    if half < _SMALL_TRIANGLE:
+        into[:] = np.triu(np.linalg.inv(triangle))
+        return
+    first, last = slice(half), slice(half, None)
+    for part in (first, last):
+        _invert_upper(triangle[part, part], into[part, part])
+    np.matmul(into[first, first] @ triangle[first, last], into[last, last], out=into[first, last])
+    np.negative(into[first, last], out=into[first, last])
 
 
 def quantize(
