@@ -257,7 +257,7 @@ def _show_plan(
             }
             memory = {x: getattr(limits, x) for x in ("peak_bytes", "threads", "chunk_bytes")}
             upload = {} if upload_to is None else {"upload": upload_to}
-            print_json(plan.to_dict() | {"memory": memory, "disk": disk} | upload)
+            print_json(plan.document() | {"memory": memory, "disk": disk} | upload)
         elif not quiet:
             plan_tables.show_plan(plan, limits, output, upload_to)
         if room is not None and room.missing:
