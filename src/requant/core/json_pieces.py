@@ -23,7 +23,7 @@ class Rows:
 
 def as_data(value: Any) -> Any:
     """What ``dataclasses.asdict`` returns, without copies of what is data already."""
-    kind = type(value)
+    kind: Any = type(value)
     if kind is str or kind is int:
         return value
     if kind is tuple:
