@@ -1,5 +1,7 @@
 """What is installed, and under which names."""
 
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -35,3 +37,15 @@ def test_what_is_promised_to_pip() -> None:
     runtime = [r for r in metadata.requires("requant") or [] if "extra ==" not in r]
     names = sorted(r.split(">")[0] for r in runtime)
     assert names == ["ml_dtypes", "numpy", "regex", "rich", "typer"]
+
+
+def test_import_loads_no_module_before_a_name_is_used() -> None:
+    code = "import sys, requant; print(sorted(x for x in sys.modules if x.startswith('requant')))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "['requant']\n"
+
+
+def test_every_public_name_is_in_its_module() -> None:
+    assert sorted(requant.__all__) == sorted({"SKIP", *requant._MODULE_OF})
+    assert all(hasattr(requant, name) for name in requant.__all__)
+    assert not hasattr(requant, "no_such_name")

@@ -289,6 +289,29 @@ def test_dry_run_is_the_plan_and_checks_the_output(requant: Requant, model: Path
     assert requant("convert", model, tmp_path / "out", "--dry-run", "-f").code == 0
 
 
+def test_dry_run_says_what_a_full_disk_lacks(
+    requant: Requant, model: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    command = ("convert", model, tmp_path / "out", "--bits", "4", "--dry-run")
+    plan = json.loads(requant("plan", model, "--bits", "4", "--json").out)
+    side_bytes = sum((model / name).stat().st_size for name in plan["side_files"])
+    needed = plan["disk"]["extra_bytes"] + side_bytes
+
+    dry = requant(*command)
+    assert dry.code == 0
+    assert "nothing was written" in dry.out
+    assert dry.err == (
+        f"warning: the disk is too full: {needed:,} bytes are needed, 1,000 are free, "
+        f"{needed - 1000:,} are missing\n"
+    )
+    found = json.loads(requant(*command, "--json").out)
+    assert found["disk"] == {**plan["disk"], "missing_bytes": needed - 1000}
+    assert requant(*command[:-1]).code == 1
+    assert names_in(tmp_path) == ["model"]
+
+
 def test_inspect_lists_encodings_and_names(requant: Requant, model: Path) -> None:
     result = requant("inspect", model)
     assert (result.code, result.err) == (0, "")

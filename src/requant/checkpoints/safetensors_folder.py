@@ -47,6 +47,7 @@ from requant.checkpoints.folder_listing import FolderListing, describe_no_weight
 from requant.checkpoints.safetensors_header import check_name, parse_header, read_raw_header
 from requant.checkpoints.shard_index import Files, judge
 from requant.core.files import open_regular
+from requant.core.garbage import without_collections
 from requant.core.limits import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
@@ -65,6 +66,7 @@ _WITHOUT_INDEX = "rewrite it, or delete the file to read every .safetensors file
 _COPY_CONFIG = "copy the one of the original model here, next to the weights"
 
 
+@without_collections()
 def read_folder(folder: Path, stubs: Path | None = None) -> Checkpoint:
     """Read a folder with safetensors, as ``sources.read_checkpoint`` says.
 

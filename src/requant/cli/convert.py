@@ -237,7 +237,7 @@ def _show_plan(
     from requant.api import upload as publishing
     from requant.cli import plan_tables
     from requant.execution.resources import plan_resources
-    from requant.output.preflight import check_output
+    from requant.output.preflight import check_place, room_for
     from requant.planning.release_order import peak_disk_bytes
 
     with handle_errors():
@@ -246,15 +246,20 @@ def _show_plan(
         if upload_to is not None and output is not None:
             upload_to = publishing.planned_name(upload_to, source, output, plan, **options)
         limits = plan_resources(plan, options["threads"], options["max_memory"])
+        room = None
         if output is not None:
-            check_output(plan, output, force)
+            check_place(plan, output, force)
+            room = room_for(plan, output)
         if json:
             disk = {
                 "extra_bytes": sum(shard.nbytes for shard in plan.shards),
                 "extra_bytes_with_consume_source": peak_disk_bytes(plan),
+                **({"missing_bytes": room.missing} if room and room.missing else {}),
             }
             memory = {x: getattr(limits, x) for x in ("peak_bytes", "threads", "chunk_bytes")}
             upload = {} if upload_to is None else {"upload": upload_to}
-            print_json(plan.to_dict() | {"memory": memory, "disk": disk} | upload)
+            print_json(plan.document() | {"memory": memory, "disk": disk} | upload)
         elif not quiet:
             plan_tables.show_plan(plan, limits, output, upload_to)
+        if room is not None and room.missing:
+            print_stderr(f"warning: the disk is too full: {room}, {room.missing:,} are missing")

@@ -6,7 +6,6 @@ A defect of requant keeps its traceback.
 
 from __future__ import annotations
 
-import json as jsonlib
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import typer
 
+from requant.core.json_pieces import indented_pieces
 from requant.errors import OutOfRangeError, RequantError, UnknownValueError, UsageError
 from requant.text import escape_control_chars, os_error_text
 
@@ -29,7 +29,9 @@ def print_json(document: dict[str, Any]) -> None:
     """Print the document of --json, which ``schemas/COMMAND.json`` describes."""
     from requant.reports.record_summary import SCHEMA_VERSION
 
-    print(jsonlib.dumps({"schema": SCHEMA_VERSION} | document, indent=2))
+    for piece in indented_pieces({"schema": SCHEMA_VERSION} | document):
+        sys.stdout.write(piece)
+    print()
 
 
 def print_stderr(text: str) -> None:

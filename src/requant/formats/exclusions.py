@@ -7,7 +7,7 @@ whose tensors are complete is read, and a note says what the config says of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -101,9 +101,10 @@ def _named(entries: Iterable[str], paths: Iterable[str]) -> Iterator[tuple[str, 
     """Each layer that an entry names, with the entry."""
     plain = {entry for entry in entries if not entry.startswith("re:") and not _is_wild(entry)}
     wild = Wildcards(entry for entry in entries if not entry.startswith("re:") and _is_wild(entry))
+    first_parts = {entry.partition(".")[0] for entry in plain}
     patterns = list(_patterns(entries))
     for path in paths:
-        entry = next((run for run in _runs(path) if run in plain), None)
+        entry = next((run for run in _runs(path, first_parts) if run in plain), None)
         entry = entry or next(iter(wild.matching(path)), None)
         entry = entry or next((text for text, pattern in patterns if pattern.match(path)), None)
         if entry is not None:
@@ -139,11 +140,16 @@ def _left_out(table: Any, paths: Iterable[str]) -> Iterator[str]:
                 yield path
 
 
-def _runs(path: str) -> Iterator[str]:
-    """The names by which an entry may mean a layer: whole parts of its path, one after another."""
+def _runs(path: str, first_parts: Set[str]) -> Iterator[str]:
+    """The names by which an entry may mean a layer: whole parts of its path, one after another.
+
+    They begin with one of ``first_parts``.
+    """
     parts = path.split(".")
     inner = len(parts) <= _MOST_PARTS
     for first in range(len(parts)):
+        if parts[first] not in first_parts:
+            continue
         for last in range(len(parts), first, -1):
             if inner or first == 0 or last == len(parts):
                 yield ".".join(parts[first:last])

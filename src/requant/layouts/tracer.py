@@ -9,7 +9,6 @@ process, and a rule that does not agree is not used.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from requant.core.garbage import without_collections
 from requant.layouts.byte_moves import BYTE_MOVE_RULES, ByteMoveRule, Traced
 from requant.layouts.outputs import Extent
 from requant.libraries.surroundings import lock, replaced
@@ -59,7 +59,7 @@ def _trace(
         return list(outputs.values())
 
     graph = _Graph(tuple(arrays), rules)
-    with _traceable(), _without_collections():
+    with _traceable(), without_collections():
         mx.export_function(graph.event, flat, *arrays.values())
     return {name: graph.values[key] for name, key in zip(names, graph.outputs, strict=True)}
 
@@ -129,18 +129,6 @@ def _traceable() -> Iterator[None]:
     """
     with lock, replaced(mx, "contiguous", _identity), replaced(mx, "from_fp8", _cast):
         yield
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Disable garbage collection, which takes half of the time with a large graph."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 # -- comparison with MLX -----------------------------------------------------------------------

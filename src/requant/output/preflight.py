@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from requant.errors import OutputError
@@ -20,8 +21,45 @@ def check_output(
     that the disk must take at a time; None for all of them.
 
     Raises:
+        OutputError: As ``check_place``, or the disk has too little room.
+    """
+    check_place(plan, output, force)
+    room = room_for(plan, output, spent, most)
+    if room.missing:
+        raise OutputError(f"{output}: the disk is too full: {room}")
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRoom:
+    """Bytes that an output needs on its disk, and bytes that are free there."""
+
+    needed: int
+    free: int
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are needed beyond those that are free."""
+        return max(self.needed - self.free, 0)
+
+    def __str__(self) -> str:
+        return f"{self.needed:,} bytes are needed, {self.free:,} are free"
+
+
+def room_for(plan: Plan, output: Path, spent: int = 0, most: int | None = None) -> DiskRoom:
+    """The room that an output needs and has; ``spent`` and ``most`` as in ``check_output``."""
+    target = output.resolve()
+    existing = next(p for p in (target, *target.parents) if p.exists())
+    whole = sum(shard.nbytes for shard in plan.shards)
+    needed = max((whole if most is None else most) + plan.side_bytes - spent, 0)
+    return DiskRoom(needed, shutil.disk_usage(existing).free)
+
+
+def check_place(plan: Plan, output: Path, force: bool) -> None:
+    """Reject an output that must not be written, or cannot be, whatever room the disk has.
+
+    Raises:
         OutputError: OUTPUT exists and ``force`` is not set, is not a checkpoint folder, lies
-            in SOURCE or holds it, or the disk has too little room.
+            in SOURCE or holds it, or cannot be made.
     """
     source, target = Path(plan.source).resolve(), output.resolve()
     within = target == source or target in source.parents or source in target.parents
@@ -37,14 +75,6 @@ def check_output(
             )
         if not force:
             raise OutputError(f"{output} exists; --force replaces it")
-    existing = next(p for p in (target, *target.parents) if p.exists())
-    whole = sum(shard.nbytes for shard in plan.shards)
-    needed = max((whole if most is None else most) + plan.side_bytes - spent, 0)
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise OutputError(
-            f"{output}: the disk is too full: {needed:,} bytes are needed, {free:,} are free"
-        )
 
 
 def _why_not_writable(output: Path, target: Path) -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from math import gcd
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from requant.core.json_pieces import as_data
 from requant.errors import InvariantError
 from requant.kernels import decode, repack
 from requant.kernels import quantize as native
@@ -121,7 +122,7 @@ class Packing(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The packing as JSON data; equal packings give equal data."""
-        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        return {"kind": type(self).__name__, **as_data(self)}
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from requant.checkpoints.checkpoint import SourceFile, SourceTensor
 from requant.checkpoints.safetensors_header import build_header
 from requant.core.dtypes import TensorInfo
+from requant.core.json_pieces import Rows, as_data, compact_pieces
 from requant.core.reasons import Note, Reason, ReasonCode
 from requant.formats.base import RowOrder
 from requant.importance.statistics_file import Importance
@@ -199,7 +199,8 @@ class LayerPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The layer as JSON data, with the text and the code of the reason or ""."""
-        return asdict(self) | {
+        data: dict[str, Any] = as_data(self)
+        return data | {
             "reason": self.reason.text if self.reason else "",
             "reason_code": self.reason_code or "",
         }
@@ -305,6 +306,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole plan as JSON data."""
+        return {
+            key: list(value.make()) if isinstance(value, Rows) else value
+            for key, value in self.document().items()
+        }
+
+    def document(self) -> dict[str, Any]:
+        """The same with its long lists as ``Rows``, to be written in pieces."""
         content = self._content()
         return {
             "source": self.source,
@@ -322,15 +330,11 @@ class Plan:
 
     def _content(self) -> dict[str, Any]:
         return {
-            "files": [asdict(file) for file in self.files],
-            "layers": [layer.to_dict() for layer in self.layers],
-            "steps": [_step_dict(step) for step in self.steps],
+            "files": [as_data(file) for file in self.files],
+            "layers": Rows(lambda: (layer.to_dict() for layer in self.layers)),
+            "steps": Rows(lambda: map(_step_dict, self.steps)),
             "intermediates": {name: _step_dict(step) for name, step in self.intermediates.items()},
-            "shards": [
-                {"name": s.name, "nbytes": s.nbytes, "tensors": [asdict(t) for t in s.tensors]}
-                | ({} if s.names_of == "mlx" else {"names_of": s.names_of})
-                for s in self.shards
-            ],
+            "shards": Rows(lambda: map(_shard_dict, self.shards)),
             "config": dict(self.config),
             "side_files": list(self.side_files),
             "left_out": [list(pair) for pair in self.left_out],
@@ -347,8 +351,16 @@ class Plan:
 
 
 def _hash(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256()
+    for piece in compact_pieces(content):
+        digest.update(piece.encode())
+    return digest.hexdigest()
+
+
+def _shard_dict(shard: OutputShard) -> dict[str, Any]:
+    tensors = [as_data(tensor) for tensor in shard.tensors]
+    names = {} if shard.names_of == "mlx" else {"names_of": shard.names_of}
+    return {"name": shard.name, "nbytes": shard.nbytes, "tensors": tensors, **names}
 
 
 def _step_dict(step: Step) -> dict[str, Any]:
@@ -357,12 +369,12 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "operation": step.operation,
         "rows": step.rows.count,
         "columns": step.rows.columns,
-        "inputs": {role: asdict(t) for role, t in step.inputs.items()},
+        "inputs": {role: as_data(t) for role, t in step.inputs.items()},
         "outputs": {role: t.name for role, t in step.outputs.items()},
         "source": step.source and step.source.to_dict(),
         "target": step.target and step.target.to_dict(),
         "dtype": step.dtype,
-        "global_scale": step.global_scale and asdict(step.global_scale),
+        "global_scale": step.global_scale and as_data(step.global_scale),
         "packing": step.packing and step.packing.to_dict(),
         "first_row": step.rows.first,
         "output_row": step.rows.output_row,

@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.garbage import without_collections
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.core.regex import regex_time_budget
 from requant.errors import CheckpointError, UsageError
@@ -57,6 +58,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool
     return plan_with_source(checkpoint, options, is_trial=is_trial).plan
 
 
+@without_collections()
 @regex_time_budget()
 def plan_with_source(
     checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool = False
