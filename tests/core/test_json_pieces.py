@@ -36,7 +36,7 @@ def test_pieces_are_the_text_of_json(rows: list[Any]) -> None:
     assert "".join(indented_pieces({})) == "".join(compact_pieces({})) == "{}"
 
 
-def test_keys_that_are_no_strings_are_written_as_json_writes_them() -> None:
+def test_other_keys_than_strings_are_written_as_json_writes_them() -> None:
     document = {"x": {2: 2, None: 3, True: 4}}
     assert "".join(indented_pieces(document)) == json.dumps(document, indent=2)
 
