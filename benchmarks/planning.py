@@ -44,7 +44,8 @@ for name in sorted(os.listdir(sys.argv[1])):
 """
 PLAN = """
 import sys, requant
-plan = requant.plan(sys.argv[1], layout=sys.argv[2])
+bits = int(sys.argv[3]) or None  # 0: the codes of the source
+plan = requant.plan(sys.argv[1], layout=sys.argv[2], bits=bits)
 """
 HASH = PLAN + "plan.hash\n"
 MEMORY = """
@@ -293,7 +294,8 @@ def printed(*arguments: str) -> str:
     words = ", ".join(map(repr, arguments))
     return (
         "from requant.cli import run\n"
-        f"try:\n    run(['plan', sys.argv[1], '--layout', sys.argv[2], {words}])\n"
+        "bits = [] if sys.argv[3] == '0' else ['--bits', sys.argv[3]]\n"
+        f"try:\n    run(['plan', sys.argv[1], '--layout', sys.argv[2], *bits, {words}])\n"
         "except SystemExit as end:\n    assert not end.code, end\n"
     )
 
@@ -316,6 +318,7 @@ def main() -> None:
     contenders = {"plan": PLAN, "plan and hash": HASH, "plan --json": printed("--json")}
     print(f"load {os.getloadavg()[0]:.1f}; medians of {args.runs}, seconds of processor time")
     for name in args.models:
+        bits = "0" if name == "kimi-k2" else "4"  # MLX has no mode for FP8's blocks
         for halved in range(args.halves + 1):
             with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
                 source = Path(scratch) / "model"
@@ -329,7 +332,7 @@ def main() -> None:
                     rounds.setdefault("json", []).append(measure(FLOOR, str(source)))
                     for words, code in contenders.items():
                         for version, src in versions.items():
-                            run = measure(code, str(source), args.layout, src=src)
+                            run = measure(code, str(source), args.layout, bits, src=src)
                             rounds.setdefault(words + version, []).append(run)
                 floor = statistics.median(run.cpu_s for run in rounds["json"])
                 for words, runs in rounds.items():
