@@ -244,6 +244,7 @@ def test_commands_and_imports_of_a_section_exist(layout: str, task: str) -> None
 )
 def test_the_line_after_a_conversion(library: str, command: str, tmp_path: Path) -> None:
     write_model(library, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     made = plan(tmp_path, bits=4)
     assert made.layout == library
     assert command_of(made, "a b").startswith(command)
