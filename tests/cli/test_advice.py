@@ -474,6 +474,8 @@ def test_the_examples_of_help_run_on_models_like_those_that_they_name(
     words = shlex.split(line)[1:]
     if any(word.endswith((".gguf", "stats.safetensors")) for word in words) or "--html" in words:
         pytest.skip("needs a file of another tool; tests/cli/test_gguf.py has such")
+    if "--image" in words:
+        pytest.skip("needs a processor; tests/cli/test_libraries.py has such")
     if "lm_head=6" in words:
         pytest.skip("the head of a tied model has tests of its own")
     for name in LLAMA:
