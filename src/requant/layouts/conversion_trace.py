@@ -166,7 +166,7 @@ class _Conversion:
         self.adapt = adapt or (lambda weights: weights)
         # Some libraries search the whole path for names of models, which do not occur in a
         # hexadecimal name. The folder lives as long as the rule can be run.
-        folder = Path(tempfile.gettempdir()) / uuid.uuid4().hex
+        folder = Path(tempfile.gettempdir()) / f"requant-{uuid.uuid4().hex}"
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         # The libraries take the path for a pattern of glob, in which a name may have brackets.
         self._source = folder / re.sub(r"[^\w.+ -]", "-", shown.name)
