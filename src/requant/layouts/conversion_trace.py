@@ -215,9 +215,9 @@ class _Conversion:
             if not root:  # a quantized source gets its layers before its weights
                 quantize(model, *args, **kwargs)
                 return
-            if model is not root[0]:
-                raise LayoutError(f"{self.library.name} quantizes a part of the model by itself")
             made.dtypes = {name: x.dtype for name, x in _infos(model.parameters()).items()}
+            if not _infos(root[0].parameters()).keys() <= made.dtypes.keys():
+                raise LayoutError(f"{self.library.name} quantizes a part of the model by itself")
             before = _modules(model)
             widths = {p: m.weight.shape[-1] for p, m in before.items() if "weight" in m}
             quantize(model, *args, **kwargs)
