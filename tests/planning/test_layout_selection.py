@@ -10,6 +10,7 @@ from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.reasons import NoteCode
 from requant.errors import CheckpointError
 from requant.formats import read_layout
+from requant.layouts.left_dense import modalities
 from requant.layouts.relayout import LibraryLayoutError
 from requant.libraries import LIBRARIES, Library
 from requant.planning import layout_selection
@@ -91,7 +92,8 @@ def test_candidates(
     tensors = {name: ("BF16", [128, 64]) for name in names}
     source = write_folder(tmp_path / "source", {"model.safetensors": tensors}, config=config)
     layout = read_layout(read_checkpoint(source))[1]
-    assert [library.name for library in candidates(config, layout)] == expected
+    found = candidates(config, layout, *modalities(layout.layers, config))
+    assert [library.name for library in found] == expected
 
 
 def rejecting(monkeypatch: pytest.MonkeyPatch, library: str) -> None:

@@ -7,7 +7,7 @@ keeps its names, and the result says why.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from requant.errors import CheckpointError
 from requant.formats import SourceLayer, SourceLayout
 from requant.layouts.head_names import find_pair
 from requant.layouts.idle_tensors import without_unused_tensors
-from requant.layouts.left_dense import is_of_a_tower, modalities
+from requant.layouts.left_dense import modalities
 from requant.layouts.load_check import one_sentence
 from requant.layouts.relayout import LibraryLayoutError, Relayout, build_relayout
 from requant.layouts.tied_heads import agreed, laid_out
@@ -70,7 +70,8 @@ def choose_layout(
         return _library_layout(checkpoint, layout, LIBRARIES[options.layout], options)
     rejection = ""
     rejected: list[Note] = []
-    for library in candidates(checkpoint.config, layout):
+    sees, hears = modalities(layout.layers, checkpoint.config)
+    for library in candidates(checkpoint.config, layout, sees, hears):
         try:
             result = _library_layout(checkpoint, layout, library, options)
         except CheckpointError as error:
@@ -80,28 +81,29 @@ def choose_layout(
                 text = f"{library.name} does not take this model: {_first_problem(error)}."
                 rejected.append(Note(NoteCode.LIBRARY_REJECTED, text))
             continue
-        notes = (*_without_towers(checkpoint, layout, library), *rejected, *result.notes)
+        notes = (*_without_towers(library, sees, hears), *rejected, *result.notes)
         return replace(result, notes=notes)
     chosen = _source_layout(checkpoint, layout, options, rejection)
-    for library in _for_towers(*modalities(layout.layers, checkpoint.config)):
+    for library in _for_towers(sees, hears):
         if library.folder is None:
             why = library.missing_class_reason(checkpoint.config)
             rejected.append(Note(NoteCode.LIBRARY_REJECTED, f"{why}."))
     return replace(chosen, notes=(*rejected, *chosen.notes))
 
 
-def candidates(config: Mapping[str, Any], layout: SourceLayout) -> list[Library]:
-    """The libraries that ``--layout auto`` tries, in this order.
+def candidates(
+    config: Mapping[str, Any], layout: SourceLayout, sees: bool, hears: bool
+) -> Iterator[Library]:
+    """The libraries that ``--layout auto`` tries, in this order; each is looked for in its turn.
 
     A model that sees is mlx-vlm's and one that only hears is mlx-audio's, where they are installed
     and have a class; mlx-lm is for text, and mlx-embeddings for encoders that it does not take.
     """
-    sees, hears = modalities(layout.layers, config)
     others = [MLX_LM, LIBRARIES["mlx-audio"], LIBRARIES["mlx-embeddings"]]
     libraries = [*dict.fromkeys([*_for_towers(sees, hears), *others])]
     if _predicts_text(config, layout):
         libraries = [x for x in libraries if x.has_heads]
-    return [x for x in libraries if x is MLX_LM or not x.missing_class_reason(config)]
+    return (x for x in libraries if x is MLX_LM or not x.missing_class_reason(config))
 
 
 def _for_towers(sees: bool, hears: bool) -> list[Library]:
@@ -125,13 +127,9 @@ def _predicts_text(config: Mapping[str, Any], layout: SourceLayout) -> bool:
     return causal and pair.embedding.path.startswith("model.")
 
 
-def _without_towers(
-    checkpoint: Checkpoint, layout: SourceLayout, library: Library
-) -> tuple[Note, ...]:
+def _without_towers(library: Library, sees: bool, hears: bool) -> tuple[Note, ...]:
     """Say that a result is text only, and which extra keeps the towers."""
-    sees, hears = modalities(layout.layers, checkpoint.config)
-    towers = [x.path for x in layout.layers if is_of_a_tower(x.path)]
-    if library is not MLX_LM or not (sees or hears) or not towers:
+    if library is not MLX_LM or not (sees or hears):
         return ()
     missing = [x for x in _for_towers(sees, hears) if x.folder is None]
     what = " and ".join(["images"] * sees + ["sound"] * hears)
