@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from requant.libraries.base import Library, read_table
 
 _DOMAINS = ("tts", "stt", "sts", "lid", "music")  # in the order in which mlx_audio.convert looks
-_HINTS = (
-    "DETECTION_HINTS"  # of a family: {"model_type_aliases": {...}, "architectures": {...}, ...}
-)
+_HINTS = "DETECTION_HINTS"  # of a family: {"model_type_aliases": {...}, "architectures": {...}}
 # The type by which a family's config calls itself where its folder has another name.
 _OWN_TYPE = re.compile(
     r'^class ModelConfig\b[^\n]*\n(?:[ #\n][^\n]*\n)*?    model_type: str = "(\w+)"', re.M
@@ -27,30 +27,48 @@ def _domain(folder: Path, config: Mapping[str, Any]) -> str:
     names = {word.lower() for word in words if isinstance(word, str)} - _TEXT_FAMILIES
     named = config.get("architectures")
     heads = {*named} if isinstance(named, list) else set()
-    families = [x for d in _DOMAINS for x in sorted((folder / d / "models").glob("*/__init__.py"))]
-    for names_of in (_names, _own_types) if names else ():
-        for family in families:
-            if not names.isdisjoint(names_of(family, heads)):
-                return family.parts[-4]
-    return ""
+    if not names:
+        return ""
+    by_name = (x for x in _families(folder) if not names.isdisjoint(_names(x, heads)))
+    by_config = (x for x in _families(folder) if not names.isdisjoint(_own_types(x)))
+    family = next(chain(by_name, by_config), None)
+    return "" if family is None else family.parts[-4]
 
 
 def _names(family: Path, heads: set[str]) -> set[str]:
     """The types that a family takes by its folder and hints; none where it asks for other heads."""
-    try:
-        hints = read_table(family, _HINTS).get(_HINTS, {})
-    except ValueError:
-        hints = {}
+    hints = _hints(family)
     own_heads = {*hints.get("architectures", ())}
     if own_heads and heads and own_heads.isdisjoint(heads):
         return set()
     return {family.parent.name, *hints.get("model_type_aliases", ())}
 
 
-def _own_types(family: Path, _: set[str]) -> set[str]:
+# The package does not change while it is used, and a plan looks for a class several times.
+
+
+@cache
+def _families(folder: Path) -> tuple[Path, ...]:
+    """The module of each family, in the order in which mlx_audio.convert looks."""
+    found = (sorted((folder / d / "models").glob("*/__init__.py")) for d in _DOMAINS)
+    return tuple(chain.from_iterable(found))
+
+
+@cache
+def _hints(family: Path) -> Mapping[str, Any]:
+    """What a family says of the models that it takes."""
+    try:
+        hints: Mapping[str, Any] = read_table(family, _HINTS).get(_HINTS, {})
+    except ValueError:
+        return {}
+    return hints
+
+
+@cache
+def _own_types(family: Path) -> frozenset[str]:
     """The types by which a family's config calls itself."""
     texts = (file.read_text(errors="replace") for file in family.parent.glob("*.py"))
-    return {name for text in texts for name in _OWN_TYPE.findall(text)}
+    return frozenset(name for text in texts for name in _OWN_TYPE.findall(text))
 
 
 MLX_AUDIO = Library(
