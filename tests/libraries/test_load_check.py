@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 import requant
 from requant.errors import CheckpointError, Problem
-from requant.libraries import loading
+from requant.libraries import Library, loading
 from requant.libraries.forward_pass import forward
 from requant.libraries.load_check import check_load
 from tests.support.library_models import MODELS, write_model
@@ -153,7 +153,7 @@ def test_hooks_of_mlx_audio_are_not_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model("mlx-lm", tmp_path)
-    monkeypatch.setattr(loading, "_is_installed", lambda _: False)
+    monkeypatch.setattr(Library, "folder", None)
     (problem,) = check_load(tmp_path, "mlx-vlm").problems
     assert str(problem) == "mlx-vlm: is not installed (pip install 'requant[vlm]')"
     (problem,) = check_load(tmp_path).problems

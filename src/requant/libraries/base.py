@@ -84,6 +84,9 @@ class Library:
         extra: The extra of requant that installs it ("vlm").
         find_class: Takes the folder of its package and ``config.json``; whether it may have a
             class for the model. Imports nothing.
+        import_class: Takes its ``utils``, ``config.json`` and the model's folder; imports the
+            class, and raises an exception if there is none.
+        load: Takes its ``utils`` and a folder; loads the model of the folder.
         recipes: Its mixed recipes.
         stubs: Functions of the library that load or write what is not weights, as
             (module, name): they do nothing while its convert runs.
@@ -96,6 +99,8 @@ class Library:
     package: str
     extra: str
     find_class: Callable[[Path, Mapping[str, Any]], bool]
+    import_class: Callable[[Any, dict[str, Any], Path], object]
+    load: Callable[[Any, Path], Any]
     recipes: frozenset[str] = frozenset()
     stubs: tuple[tuple[str, str], ...] = ()
     arguments: Callable[[Path, Mapping[str, Any]], dict[str, Any]] = lambda *_: {}
@@ -109,6 +114,13 @@ class Library:
         folders = spec.submodule_search_locations if spec else None
         return Path(folders[0]) if folders else None
 
+    @property
+    def not_installed(self) -> str:
+        """Which extra installs it, after "is not installed"; "" if it is installed."""
+        if self.folder is None:
+            return f"is not installed (pip install 'requant[{self.extra}]')"
+        return ""
+
     def missing_class_reason(self, config: Mapping[str, Any]) -> str:
         """Return why the library has no class for ``config``; "" where it may have one.
 
@@ -117,7 +129,7 @@ class Library:
         """
         folder = self.folder
         if folder is None:
-            return f"{self.name} is not installed (pip install 'requant[{self.extra}]')"
+            return f"{self.name} {self.not_installed}"
         if "model_file" in config:  # it would be imported and run
             return "config.json names code of its own (model_file), which is not run"
         if self.find_class(folder, config):

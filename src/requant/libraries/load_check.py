@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from requant.errors import CheckpointError, Problem
+from requant.libraries import LIBRARIES
 from requant.libraries.forward_pass import forward
-from requant.libraries.loading import LOADERS, find_library, library_version, load
+from requant.libraries.loading import find_library, library_version, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def check_load(folder: Path, layout: str = "") -> LoadCheck:
         layout: The layout of its record: a library's name; any other text leaves the choice to
             the config.
     """
-    library = layout if layout in LOADERS else ""
+    library = layout if layout in LIBRARIES else ""
     try:
         library = library or find_library(folder)
         model, config = load(folder, library, on_cpu=True)

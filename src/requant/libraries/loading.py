@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -23,7 +23,7 @@ from requant.checkpoints.safetensors_folder import read_json
 from requant.core.dtypes import TensorInfo
 from requant.core.types import Source
 from requant.errors import CheckpointError, Problem
-from requant.libraries import LIBRARIES
+from requant.libraries import LIBRARIES, Library
 from requant.libraries.surroundings import (
     cpu,
     lock,
@@ -41,66 +41,9 @@ Module = Any  # MLX ships no types for its Python part
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Loader:
-    """How one library finds a class and loads a folder.
-
-    Attributes:
-        find_class: Raises an exception if the library has no class for a config.
-        load: Loads the model of a folder.
-    """
-
-    find_class: Callable[[Any, dict[str, Any], Path], object]
-    load: Callable[[Any, Path], Module]
-
-
-def _find_audio_class(utils: Any, config: dict[str, Any], folder: Path) -> None:
-    """Find the class as mlx-audio does: from the config's keys, then from the folder's name."""
-    model_type = config.get("model_type") or config.get("architecture")
-    if model_type is None:
-        model_type = utils._get_sts_utils().infer_model_type_from_config(config)
-    if utils.get_model_category(model_type, utils.get_model_name_parts(folder)) is None:
-        raise ValueError(f"model type {format_value(model_type)} not supported")
-
-
-def _load_audio(utils: Any, folder: Path) -> Module:
-    """Load with mlx-audio, but for what it does after the weights.
-
-    Its classes load tokenizers there with ``trust_remote_code``.
-    """
-    find = utils.get_model_class
-
-    def without_hook(**arguments: Any) -> Any:
-        package, model_type = find(**arguments)
-        hooks.enter_context(
-            replaced(package.Model, "post_load_hook", staticmethod(lambda model, _: model))
-        )
-        return package, model_type
-
-    with contextlib.ExitStack() as hooks, replaced(utils, "get_model_class", without_hook):
-        return utils.load_model(folder)
-
-
-LOADERS: Mapping[str, Loader] = {
-    "mlx-lm": Loader(
-        lambda utils, config, _: utils._get_classes(config),
-        lambda utils, folder: utils.load_model(folder)[0],
-    ),
-    "mlx-vlm": Loader(
-        lambda utils, config, _: utils.get_model_and_args(config),
-        lambda utils, folder: utils.load_model(folder),
-    ),
-    "mlx-audio": Loader(_find_audio_class, _load_audio),
-    "mlx-embeddings": Loader(
-        lambda utils, config, _: utils._get_classes(config),
-        lambda utils, folder: utils.load_model(folder, path_to_repo=str(folder)),
-    ),
-}
-
-
 def library_version(library: str) -> str:
     """The version of a library; "" if it is not installed."""
-    return version(library) if _is_installed(library) else ""
+    return "" if LIBRARIES[library].not_installed else version(library)
 
 
 def find_library(folder: Path) -> str:
@@ -116,15 +59,13 @@ def find_library(folder: Path) -> str:
     if config.get("vision_config") or config.get("audio_config"):
         order = ("mlx-vlm", "mlx-audio", "mlx-lm", "mlx-embeddings")
     missing = []
-    for library in order:
-        if _is_installed(library):
-            if LIBRARIES[library].missing_class_reason(config):
-                continue  # found without importing it
+    for library in map(LIBRARIES.__getitem__, order):
+        if library.not_installed:
+            missing.append(f"{library.name} (requant[{library.extra}])")
+        elif not library.missing_class_reason(config):  # found without importing it
             with contextlib.suppress(CheckpointError), quiet():
-                _find_class(folder, library, config)
-                return library
-        else:
-            missing.append(f"{library} (requant[{LIBRARIES[library].extra}])")
+                _import_class(folder, library, config)
+                return library.name
     why = f"no installed library has a class for model_type {format_value(config['model_type'])}"
     if missing:
         why += f"; not installed: {join_first(missing, len(missing))}"
@@ -137,8 +78,7 @@ def check_installed(source: Source, library: str) -> None:
     Raises:
         CheckpointError: It is not.
     """
-    if not _is_installed(library):
-        why = f"is not installed (pip install 'requant[{LIBRARIES[library].extra}]')"
+    if why := LIBRARIES[library].not_installed:
         raise CheckpointError(str(source), [Problem(library, why)], "loaded")
 
 
@@ -155,7 +95,7 @@ def load(
 
     Args:
         folder: A folder with ``config.json`` and weight files.
-        library: A name in ``LOADERS``.
+        library: Its name.
         weights: Taken instead of the content of the weight files.
         on_cpu: Load on the CPU instead of MLX's default device.
 
@@ -169,7 +109,8 @@ def load(
     config = _config(folder)
     check_installed(folder, library)
     with lock, quiet():
-        utils = _find_class(folder, library, config)  # imports: streams are of the default device
+        # Before the device is chosen: streams that an import makes are of the default one.
+        utils = _import_class(folder, LIBRARIES[library], config)
         device = cpu() if on_cpu else contextlib.nullcontext()
         with (
             device,
@@ -179,7 +120,7 @@ def load(
             _watched() as watched,
         ):
             try:
-                model = LOADERS[library].load(utils, folder)
+                model = LIBRARIES[library].load(utils, folder)
             except (Exception, SystemExit) as error:
                 raise _error(folder, library, one_line(error)) from error
     problems = watched.problems(model, library)
@@ -195,7 +136,7 @@ def load_from_memory(
 
     Args:
         source: The model, as errors name it.
-        library: A name in ``LOADERS``.
+        library: Its name.
         config: ``config.json`` of the weights.
         weights: All of the model's, under the library's names.
     """
@@ -213,7 +154,7 @@ def build_empty(
 
     Args:
         source: The model, as errors name it.
-        library: A name in ``LOADERS``.
+        library: Its name.
         config: ``config.json`` of the checkpoint.
         tensors: Its tensors, under the library's names.
 
@@ -241,7 +182,8 @@ def build_empty(
         replaced(base, "load_weights", stop),
     ):
         try:
-            LOADERS[library].load(_find_class(folder, library, config), folder)
+            utils = _import_class(folder, LIBRARIES[library], config)
+            LIBRARIES[library].load(utils, folder)
         except _BuiltError as built:
             built.module.eval()
             return built.module
@@ -278,23 +220,18 @@ def _config(folder: Path) -> dict[str, Any]:
     return {"model_type": None, **config}
 
 
-def _is_installed(library: str) -> bool:
-    return LIBRARIES[library].folder is not None
-
-
-def _find_class(folder: Path, library: str, config: Mapping[str, Any]) -> Any:
+def _import_class(folder: Path, library: Library, config: Mapping[str, Any]) -> Any:
     """Import a library and let it find its class; return its ``utils``."""
-    loader = LOADERS[library]
     try:
-        utils = import_module(f"{LIBRARIES[library].package}.utils")
+        utils = import_module(f"{library.package}.utils")
     except ImportError as error:
-        raise _error(folder, library, f"cannot be imported ({one_line(error)})") from error
+        raise _error(folder, library.name, f"cannot be imported ({one_line(error)})") from error
     try:
-        loader.find_class(utils, dict(config), folder)
+        library.import_class(utils, dict(config), folder)
     except (Exception, SystemExit) as error:
         model_type = format_value(config["model_type"])
         why = f"has no class for model_type {model_type} that works here ({one_line(error)})"
-        raise _error(folder, library, why) from error
+        raise _error(folder, library.name, why) from error
     return utils
 
 

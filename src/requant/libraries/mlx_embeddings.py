@@ -21,6 +21,8 @@ MLX_EMBEDDINGS = Library(
     package="mlx_embeddings",
     extra="embeddings",
     find_class=_find_class,
+    import_class=lambda utils, config, _: utils._get_classes(config),
+    load=lambda utils, folder: utils.load_model(folder, path_to_repo=str(folder)),
     has_heads=False,
     stubs=(("mlx_embeddings.utils", "load_tokenizer"),),
 )

@@ -32,6 +32,8 @@ MLX_LM = Library(
     package="mlx_lm",
     extra="mlx",
     find_class=_find_class,
+    import_class=lambda utils, config, _: utils._get_classes(config),
+    load=lambda utils, folder: utils.load_model(folder)[0],
     recipes=frozenset({"mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"}),
     stubs=(("mlx_lm.utils", "load_tokenizer"), ("mlx_lm.utils", "create_model_card")),
 )

@@ -181,9 +181,8 @@ def check_installed(source: Path) -> None:
     Raises:
         CheckpointError: It is not.
     """
-    why = MLX_LM.missing_class_reason({"model_type": "llama"})
-    if why:
-        raise CheckpointError(str(source), [Problem("mlx-lm", why)])
+    if why := MLX_LM.not_installed:
+        raise CheckpointError(str(source), [Problem("mlx-lm", f"mlx-lm {why}")])
 
 
 # -- arrays ----------------------------------------------------------------------------------
