@@ -29,12 +29,12 @@ from tests.support.mlx_lm_conversion import (
     class_checkpoint,
     compare,
     convert_with_mlx_lm,
-    differences,
     load_config,
     mlx_lm_layout,
     random_like,
     write_mlx_checkpoint,
 )
+from tests.support.mlx_reference import differences
 
 pytestmark = pytest.mark.sweep(3)
 

@@ -15,8 +15,8 @@ from requant.errors import CheckpointError
 from requant.libraries import LIBRARIES
 from requant.quantization.config import Quantization
 from tests.support.class_models import FOLDERS, class_checkpoint
-from tests.support.library_conversion import convert_both_ways, differences, loaded
-from tests.support.mlx_reference import load
+from tests.support.library_conversion import convert_both_ways, loaded
+from tests.support.mlx_reference import differences, load
 from tests.support.safetensors_files import read_folder, write_file
 
 pytestmark = [

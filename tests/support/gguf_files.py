@@ -148,16 +148,21 @@ def _settings(writer: gguf.GGUFWriter, config: Mapping[str, Any], more: Mapping[
         key = key[1:] if key.startswith("!") else f"{writer.arch}.{key}"
         if key in writer.kv_data[0]:
             del writer.kv_data[0][key]
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        else:
-            writer.add_float32(key, value)
+        add_key(writer, key, value)
+
+
+def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Add a setting with the type of its value."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_float32(key, value)
 
 
 def _tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:

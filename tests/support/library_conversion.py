@@ -17,7 +17,7 @@ import requant
 from requant.checkpoints.checkpoint import ComputedTensor
 from requant.libraries import Library, Request
 from tests.support.class_models import quiet
-from tests.support.mlx_reference import Weights, as_bytes, load
+from tests.support.mlx_reference import differences, load
 
 CONFIG = "config.json"
 
@@ -98,19 +98,6 @@ def convert_both_ways(
     if result.load_error:
         result.own_load_error = load_error(library, theirs)
     return result
-
-
-def differences(ours: Weights, theirs: Weights) -> list[str]:
-    """Names that are missing, too many, or hold other bytes."""
-    found = [f"missing {name}" for name in sorted(theirs.keys() - ours.keys())]
-    found += [f"too many {name}" for name in sorted(ours.keys() - theirs.keys())]
-    for name in sorted(ours.keys() & theirs.keys()):
-        a, b = ours[name], theirs[name]
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            found.append(f"{name}: {a.dtype} {a.shape}, expected {b.dtype} {b.shape}")
-        elif as_bytes(a) != as_bytes(b):
-            found.append(f"{name}: other bytes")
-    return found
 
 
 def setting_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

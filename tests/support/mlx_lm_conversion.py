@@ -24,7 +24,7 @@ from requant.libraries import MLX_LM as LIBRARY
 from requant.quantization.config import Quantization
 from requant.sources.open import read_checkpoint
 from tests.support.checkpoints import write_checkpoint
-from tests.support.mlx_reference import Weights, as_bytes, to_numpy
+from tests.support.mlx_reference import Weights, differences, to_numpy
 
 # The installed mlx-lm; scripts/test-oldest-mlx-lm runs these tests with the oldest.
 MLX_LM, MLX = (tuple(map(int, version(x).split(".")[:3])) for x in ("mlx-lm", "mlx"))
@@ -159,19 +159,6 @@ def convert_with_mlx_lm(
     written = json.loads(target.read_text())
     target.unlink()
     return dict(tree_flatten(model.parameters())), written
-
-
-def differences(ours: Weights, theirs: Weights) -> list[str]:
-    """Names that are missing, too many, or hold other bytes."""
-    found = [f"missing {name}" for name in theirs.keys() - ours.keys()]
-    found += [f"too many {name}" for name in ours.keys() - theirs.keys()]
-    for name in sorted(ours.keys() & theirs.keys()):
-        a, b = ours[name], theirs[name]
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            found.append(f"{name}: {a.dtype} {a.shape}, expected {b.dtype} {b.shape}")
-        elif as_bytes(a) != as_bytes(b):
-            found.append(f"{name}: other bytes")
-    return found
 
 
 def compare(

@@ -48,6 +48,19 @@ def as_bytes(array: mx.array) -> bytes:
         return np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)).tobytes()
 
 
+def differences(ours: Weights, theirs: Weights) -> list[str]:
+    """Names that are missing, too many, or hold other bytes."""
+    found = [f"missing {name}" for name in sorted(theirs.keys() - ours.keys())]
+    found += [f"too many {name}" for name in sorted(ours.keys() - theirs.keys())]
+    for name in sorted(ours.keys() & theirs.keys()):
+        a, b = ours[name], theirs[name]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            found.append(f"{name}: {a.dtype} {a.shape}, expected {b.dtype} {b.shape}")
+        elif as_bytes(a) != as_bytes(b):
+            found.append(f"{name}: other bytes")
+    return found
+
+
 def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
     """The codes of MLX words: a little-endian bit stream a row."""
     stream = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")

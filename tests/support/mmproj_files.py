@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tests.support.gguf_files import permuted
+from tests.support.gguf_files import add_key, permuted
 
 _RECORDS = Path(__file__).parent / "mmproj_records" / "llama-cpp.json"
 _NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 8)
@@ -99,7 +99,7 @@ def write_mmproj(
     writer = gguf.GGUFWriter(path, "clip")
     for key, value in {**metadata, **(more or {})}.items():
         if key != "general.architecture" and value is not None:
-            _add_key(writer, key, value)
+            add_key(writer, key, value)
     for name, array in tensors_of(family, weights, metadata).items():
         if name not in without:
             wanted = stored_kind(family, name, array, kind)
@@ -110,19 +110,6 @@ def write_mmproj(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif isinstance(value, list):
-        writer.add_array(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    else:
-        writer.add_float32(key, value)
 
 
 def stored_kind(family: str, name: str, array: np.ndarray, kind: str) -> gguf.GGMLQuantizationType:
