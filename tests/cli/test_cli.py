@@ -20,6 +20,7 @@ from requant.api import convert as api
 from requant.execution import runner
 from tests.support.checkpoints import write_model
 from tests.support.commands import COMMANDS, Result
+from tests.support.full_disks import fill_disk
 from tests.support.number_formats import BF16
 
 Requant = Callable[..., Result]
@@ -392,10 +393,7 @@ def test_missing_source_exits_1(requant: Requant, tmp_path: Path, command: str) 
 def test_a_disk_that_fails_leaves_nothing(
     requant: Requant, model: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
-    def full(*_: object) -> NoReturn:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
+    fill_disk(monkeypatch)
     result = requant("convert", model, tmp_path / "out")
     assert (result.code, result.out) == (1, "")
     assert result.err.startswith("error: ")

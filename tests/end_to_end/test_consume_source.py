@@ -100,7 +100,7 @@ def test_stopped_anywhere_it_resumes(
 def count_of_a_pass(source: Path, tmp_path: Path, options: dict[str, object]) -> int:
     from requant.execution import executor as execute
 
-    chunks, real = 0, execute._Run._run_chunk
+    chunks, real = 0, execute._Run._run_unit
 
     def counted(self, *args):
         nonlocal chunks
@@ -108,7 +108,7 @@ def count_of_a_pass(source: Path, tmp_path: Path, options: dict[str, object]) ->
         return real(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execute._Run, "_run_chunk", counted)
+        patch.setattr(execute._Run, "_run_unit", counted)
         convert(source, tmp_path / "counted", **options)
     return chunks
 

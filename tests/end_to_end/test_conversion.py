@@ -1,6 +1,5 @@
 """Whole conversions on tiny checkpoints, held against MLX bit for bit."""
 
-import errno
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from requant.api.convert import convert
 from requant.errors import CheckpointError, OutOfRangeError, OutputError
 from requant.quantization.config import parse_quantization
 from tests.support.checkpoints import CONFIG, tree
+from tests.support.full_disks import fill_disk
 from tests.support.mlx_reference import load, same, to_mx
 from tests.support.number_formats import bf16
 from tests.support.plan_texts import reason_text
@@ -322,16 +322,7 @@ def test_an_unwritable_parent(dense: Path, tmp_path: Path) -> None:
 
 
 def test_disk_full_leaves_nothing(dense: Path, tmp_path: Path, monkeypatch: MonkeyPatch):
-    real, calls = os.pwrite, 0
-
-    def full(fd: int, data: bytes, offset: int) -> int:
-        nonlocal calls
-        calls += 1
-        if calls > 3:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(fd, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", full)
+    fill_disk(monkeypatch)
     with pytest.raises(OutputError, match="No space left"):
         convert(dense, tmp_path / "out", bits=4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]

@@ -23,6 +23,7 @@ from requant.output import journal
 from requant.output.journal import read_journal
 from tests.support.checkpoints import tree
 from tests.support.fixture_folders import fixture
+from tests.support.full_disks import fill_disk
 from tests.support.gguf_files import gguf_file
 from tests.support.interruptions import Stop, stop_after
 from tests.support.number_formats import bf16
@@ -41,10 +42,10 @@ def stopped(source: Path, output: Path, chunks: int = 3, **options) -> BaseExcep
 
 def count_chunks(monkeypatch: MonkeyPatch) -> list[int]:
     done: list[int] = []
-    real = execute._Run._run_chunk
+    real = execute._Run._run_unit
     monkeypatch.setattr(
         execute._Run,
-        "_run_chunk",
+        "_run_unit",
         lambda self, chunk, *rest: (done.append(1), real(self, chunk, *rest)),
     )
     return done
@@ -177,8 +178,8 @@ def test_power_lost_in_the_middle(
     with monkeypatch.context() as patch:
         patch.setattr(journal, "SYNC_EVERY_S", 0.001)
         patch.setattr(journal, "MERGED_ABOVE_BYTES", merged_above)
-        real = execute._Run._compute_chunk
-        patch.setattr(execute._Run, "_compute_chunk", lambda *a: (time.sleep(0.003), real(*a))[1])
+        real = execute._Run._run_unit
+        patch.setattr(execute._Run, "_run_unit", lambda *a: (time.sleep(0.003), real(*a))[1])
         stopped(dense, tmp_path / "out", 40, bits=4)
     monkeypatch.setattr(journal, "boot_id", lambda: "after the power came back")
     staging = tmp_path / ".out.requant-partial"
@@ -215,18 +216,9 @@ def test_a_sync_that_fails_stops_the_run(dense: Path, tmp_path: Path, monkeypatc
 
 # -- disk full, replaced folders -----------------------------------------------------------
 def test_a_full_disk_keeps_what_is_done(dense: Path, tmp_path: Path) -> None:
-    real, calls = os.pwrite, 0
-
-    def full(fd: int, data: bytes, offset: int) -> int:
-        nonlocal calls
-        calls += 1
-        if calls > 40:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(fd, data, offset)
-
     convert(dense, tmp_path / "whole", bits=4)
     with MonkeyPatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        fill_disk(patch, after=40)
         with pytest.raises(OutputError, match="No space left") as raised:
             convert(dense, tmp_path / "out", bits=4, chunk_bytes=3000)
     assert "is done and kept in" in raised.value.__notes__[0]
@@ -346,8 +338,8 @@ def test_ctrl_c_ends_within_a_second_and_says_how_to_resume(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = checkpoint({f"l{n}.weight": bf16(512, 4096, seed=n) for n in range(12)})
-    slow = "import requant.execution.executor as e,time\nreal=e._Run._run_chunk\n"
-    slow += "e._Run._run_chunk=lambda *a:(time.sleep(0.1),real(*a))\n"
+    slow = "import requant.execution.executor as e,time\nreal=e._Run._run_unit\n"
+    slow += "e._Run._run_unit=lambda *a:(time.sleep(0.1),real(*a))\n"
     took = []
     for attempt in range(3):  # the machine may be busy with other things
         out = tmp_path / f"out{attempt}"

@@ -27,18 +27,18 @@ class Stop(BaseException):
     """Represents a process that ends here."""
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
-    """Let a run end after so many chunks, as by Ctrl-C."""
-    real, count = executor._Run._run_chunk, 0
+def stop_after(monkeypatch: pytest.MonkeyPatch, units: int) -> None:
+    """Let a run end after so many units, as by Ctrl-C."""
+    real, count = executor._Run._run_unit, 0
 
     def counted(self, *args):
         nonlocal count
         count += 1
-        if count > chunks:
+        if count > units:
             raise Stop
         return real(self, *args)
 
-    monkeypatch.setattr(executor._Run, "_run_chunk", counted)
+    monkeypatch.setattr(executor._Run, "_run_unit", counted)
 
 
 def convert(source: str, output: str, options: dict[str, Any]) -> None:

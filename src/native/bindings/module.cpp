@@ -13,6 +13,7 @@ void init_values(nb::module_& m);
 void init_repack(nb::module_& m);
 void init_decode(nb::module_& m);
 void init_gguf(nb::module_& m);
+void init_unit(nb::module_& m);
 
 namespace {
 
@@ -52,5 +53,6 @@ NB_MODULE(_native, m) {
   init_repack(m);
   init_decode(m);
   init_gguf(m);
+  init_unit(m);
   init_isa(m);
 }

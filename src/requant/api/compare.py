@@ -210,7 +210,7 @@ def _check_shapes(
 class _TensorSink:
     """A sink that keeps the bytes of one tensor."""
 
-    progress_log = None
+    shards = progress_log = None
 
     def __init__(self, tensor: OutputTensor) -> None:
         self.tensor, self.data = tensor, bytearray(tensor.info.nbytes)

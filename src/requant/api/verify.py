@@ -364,7 +364,7 @@ def _compare(
 class _CompareSink:
     """A sink that compares the bytes of a conversion with those of an existing output."""
 
-    progress_log = None
+    shards = progress_log = None
 
     def __init__(self, plan: Plan, place: Path, problems: _ProblemCollector) -> None:
         self.place, self.problems = place, problems

@@ -106,12 +106,12 @@ def matrix_runs(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
         yield first, last, int(matrices[first])
 
 
-def remaining_chunks(
+def remaining_units(
     steps: Sequence[Step], limits: ResourceLimits, progress_log: ProgressLog | None
 ) -> Iterator[Chunk]:
-    """The chunks that are not done.
+    """The units of work that are not done: rows that one worker takes, chunk by chunk.
 
-    A step with a computed tensor, or a Hessian to factor (GPTQ), is one chunk: one worker makes
+    A step with a computed tensor, or a Hessian to factor (GPTQ), is one unit: one worker makes
     what its rows need, while the others work on other steps.
     """
     before = CompletedWork() if progress_log is None else progress_log.state
@@ -119,8 +119,12 @@ def remaining_chunks(
         step = steps[number]
         for start, stop in list(before.remaining(number, step.rows.count)):
             whole = Chunk(step, start, stop, number)
-            computed = any(isinstance(tensor, ComputedTensor) for tensor in step.inputs.values())
-            if computed or step.gptq:
+            if step.gptq or computed_inputs(step):
                 yield whole
             else:
-                yield from whole.parts(limits.chunk_bytes_for(step))
+                yield from whole.parts(limits.unit_bytes_for(step))
+
+
+def computed_inputs(step: Step) -> list[ComputedTensor]:
+    """The inputs of a step that a model's own rule computes."""
+    return [tensor for tensor in step.inputs.values() if isinstance(tensor, ComputedTensor)]

@@ -1,8 +1,10 @@
 """Pipeline stage 4: run the plan's steps on threads, from the source's files into a sink.
 
-A worker owns one set of buffers for the whole run: it reads the rows of a chunk into them, has
-``operations`` compute the outputs, and passes these to the sink with their offsets. This is the
-only module of the pipeline that starts threads; it knows no path of the output.
+A worker takes a unit of rows at a time. Where these are copied, cast or encoded from files to
+files, ``direct`` passes the whole unit to one native call. Else the worker cuts it into chunks: it
+reads the rows of a chunk into its buffers, has ``operations`` compute the outputs, and passes these
+to the sink with their offsets. This is the only module of the pipeline that starts threads; it
+knows no path of the output.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import numpy as np
 
 from requant.checkpoints.checkpoint import ComputedTensor, SourceTensor
 from requant.core.dtypes import NUMPY_DTYPE
-from requant.execution.chunks import Chunk, contiguous_runs, remaining_chunks
+from requant.execution.chunks import Chunk, computed_inputs, contiguous_runs, remaining_units
 from requant.execution.completed_work import CompletedWork
 from requant.execution.damaged_scales import ROW_SCALES
+from requant.execution.direct import DirectRows, is_direct
 from requant.execution.hessian_cache import HessianCache
 from requant.execution.layer_stats import LayerStats, RunResult
 from requant.execution.operations import Arrays, WorkerBuffers, make_outputs
@@ -28,7 +31,7 @@ from requant.execution.sink import ProgressLog, Sink
 from requant.execution.source_reader import RunCancelled, SourceReader, bytes_of
 from requant.kernels.blas_threads import one_blas_thread
 from requant.packings.base import Packing
-from requant.planning.plan import Plan
+from requant.planning.plan import Plan, Step
 from requant.planning.plan_source import PlanSource
 from requant.planning.release_order import source_files_of
 
@@ -58,7 +61,7 @@ def run_plan(
 ) -> RunResult:
     """Run every step of ``plan`` into ``sink``.
 
-    ``progress`` is called about ten times a second, ``stop_at`` with the statistics of each chunk;
+    ``progress`` is called about ten times a second, ``stop_at`` with the statistics of each unit;
     true ends the run, incomplete.
 
     Raises:
@@ -83,7 +86,7 @@ def _files_to_read(plan: Plan, progress_log: ProgressLog | None) -> list[str]:
 
 
 class _Run:
-    """The state that workers share: the list of chunks, the counters, the first error."""
+    """The state that workers share: the units of work, the counters, the first error."""
 
     def __init__(
         self,
@@ -98,7 +101,9 @@ class _Run:
         self.sink, self.limits = sink, limits
         self.bytes_in = plan.bytes_in
         self.progress_log: ProgressLog | None = sink.progress_log
-        self.chunks = remaining_chunks(plan.steps, limits, self.progress_log)
+        self.units = remaining_units(plan.steps, limits, self.progress_log)
+        shards = sink.shards
+        self.direct = None if shards is None else DirectRows(reader, shards, limits.block_bytes)
         self.lock = threading.Lock()
         self.error: BaseException | None = None
         self.stop, self.stop_at = reader.stop, stop_at
@@ -162,10 +167,10 @@ class _Run:
         try:
             while not self.stop.is_set():
                 with self.lock:
-                    chunk = next(self.chunks, None)
-                if chunk is None:
+                    unit = next(self.units, None)
+                if unit is None:
                     break
-                self._run_chunk_with_computed(chunk, buffers)
+                self._run_whole(unit, buffers)
         except RunCancelled:
             pass
         except BaseException as error:
@@ -177,17 +182,18 @@ class _Run:
             if not self.running or self.error is not None:
                 self.done.set()
 
-    def _run_chunk_with_computed(self, chunk: Chunk, buffers: WorkerBuffers) -> None:
+    def _run_whole(self, whole: Chunk, buffers: WorkerBuffers) -> None:
+        """Run a unit; one with computed tensors, or for GPTQ, in smaller ones that are recorded."""
+        step = whole.step
         computed = {
             tensor.name: self.source.compute(
                 tensor.name, lambda name, into: self._fill_intermediate(name, into, buffers)
             )
-            for tensor in chunk.step.inputs.values()
-            if isinstance(tensor, ComputedTensor)
+            for tensor in computed_inputs(step)
         }
-        for part in chunk.parts(self.limits.chunk_bytes_for(chunk.step)):
+        for unit in whole.parts(self.limits.unit_bytes_for(step)):
             if not self.stop.is_set():
-                self._run_chunk(part, buffers, computed)
+                self._run_unit(unit, buffers, computed)
 
     def _fill_intermediate(self, name: str, into: memoryview, buffers: WorkerBuffers) -> None:
         """Write the dense values of an input of a computed tensor."""
@@ -205,7 +211,33 @@ class _Run:
                 stop = (row + last - first) * row_bytes
                 into[row * row_bytes : stop] = data[first * row_bytes : last * row_bytes]
 
-    def _run_chunk(self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays) -> None:
+    def _run_unit(self, unit: Chunk, buffers: WorkerBuffers, computed: Arrays) -> None:
+        """Convert and write the rows of a unit, then record it."""
+        step = unit.step
+        if self.direct is not None and is_direct(step):
+            stats, read, written = self.direct.run(unit)
+            self._count(step, read, written)
+        else:
+            stats = LayerStats()
+            for chunk in unit.parts(self.limits.chunk_bytes_for(step)):
+                if self.stop.is_set():
+                    return
+                stats.merge(self._run_chunk(chunk, buffers, computed, chunk.start - unit.start))
+        if stats.first_nonfinite_row is not None:
+            stats.first_nonfinite_row += step.rows.output_row + unit.start
+        with self.lock:
+            self.outcome.findings.setdefault(step.layer, LayerStats()).merge(stats)
+        if self.stop_at is not None and self.stop_at(stats):
+            self.stop.set()
+            return
+        if self.progress_log is not None:
+            for name in self.progress_log.mark_done(unit.number, unit.start, unit.stop, stats):
+                self.reader.close_file(name)
+
+    def _run_chunk(
+        self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays, first_row: int
+    ) -> LayerStats:
+        """Convert and write a chunk, whose first row is ``first_row`` of its unit."""
         step, written = chunk.step, 0
         outputs, stats, read = self._compute_chunk(chunk, buffers, computed)
         for role, out in step.outputs.items():
@@ -216,19 +248,17 @@ class _Run:
                 offset = out.offset + (step.rows.output_row + row) * row_bytes
                 self.sink.write(out.file, offset, data[first * row_bytes : last * row_bytes])
             written += data.nbytes
+        self._count(step, read, written)
         if stats.first_nonfinite_row is not None:
-            stats.first_nonfinite_row += step.rows.output_row + chunk.start
+            stats.first_nonfinite_row += first_row
+        return stats
+
+    def _count(self, step: Step, read: int, written: int) -> None:
+        """Add to what ``progress`` is told."""
         with self.lock:
-            self.outcome.findings.setdefault(step.layer, LayerStats()).merge(stats)
             self.layer = step.layer
             self.bytes_done += read
             self.bytes_written += written
-        if self.stop_at is not None and self.stop_at(stats):
-            self.stop.set()
-            return
-        if self.progress_log is not None:
-            for name in self.progress_log.mark_done(chunk.number, chunk.start, chunk.stop, stats):
-                self.reader.close_file(name)
 
     def _compute_chunk(
         self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays

@@ -10,15 +10,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from requant.core.dtypes import HEADER_NAME, NUMPY_DTYPE
+from requant.core.dtypes import HEADER_NAME, KERNEL_FLOATS, NUMPY_DTYPE
 from requant.errors import InvariantError, RequantError
 from requant.execution.chunks import Chunk, matrix_runs
 from requant.execution.damaged_scales import ROW_SCALES, damaged_inputs, damaged_outputs
 from requant.execution.hessian_cache import HessianCache
 from requant.execution.layer_stats import LayerStats
-from requant.importance.statistics_file import Importance
 from requant.kernels import cast as values
-from requant.kernels import gptq
+from requant.kernels import gptq, units
 from requant.kernels import quantize as native
 from requant.kernels.quantize import QuantizedTensors
 from requant.packings.base import Packing
@@ -96,7 +95,7 @@ def _cast(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers)
 
 def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
     step, dense, stats = chunk.step, inputs["weight"], LayerStats()
-    if step.inputs["weight"].info.dtype != step.dtype:
+    if step.inputs["weight"].info.dtype not in KERNEL_FLOATS:
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
         stats.overflowed = values.cast_into(dense, wanted)
         dense = wanted
@@ -148,52 +147,54 @@ def _dequantize(
 def _quantize(
     chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: WorkerBuffers, stats: LayerStats
 ) -> LayerStats:
-    """Encode, and measure the quantization error while the chunk is in the cache."""
-    step, params = chunk.step, chunk.step.encode
-    assert params is not None, f"{step.operation} without EncodeParams"
-    target = params.target
-    stats.nonfinite = values.count_nonfinite(dense)
-    if stats.nonfinite:
-        stats.first_nonfinite_row = values.first_nonfinite_row(dense)
-        return stats
-    rows, scales = dense.shape[0], outputs["scales"]
+    """Encode, and measure the quantization error while the values are in the cache."""
+    params = chunk.step.encode
+    assert params is not None, f"{chunk.step.operation} without EncodeParams"
     for first, last, matrix in matrix_runs(chunk):
         part = {role: array[first:last] for role, array in outputs.items()}
-        rows_of_matrix = dense[first:last]
-        if params.gptq and _quantize_gptq(params, rows_of_matrix, part, matrix, buffers.hessians):
-            continue
-        stats.flushed_groups += native.quantize_into(
-            rows_of_matrix,
-            target,
-            QuantizedTensors.from_roles(part),
-            search=None if params.search == "off" else params.search,
-            weights=None if params.importance is None else params.importance.weights(matrix),
+        rows = dense[first:last]
+        is_encoded = (
+            params.gptq
+            and not values.count_nonfinite(rows)
+            and _quantize_gptq(params, rows, part, matrix, buffers.hessians)
         )
-    decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)
-    _dequantize(target, outputs, decoded, buffers)
-    group_max = buffers.take("group_max", "F32", rows, 4 * scales.shape[1])
-    stats.squared_error, stats.squared_values, stats.max_error_steps = values.encoding_error(
-        dense, decoded, scales, target.mode.value, group_max
-    )
-    if params.weighted_error and params.importance is not None:
-        weighted = _weighted_error(chunk, params.importance, dense, decoded)
-        stats.squared_error, stats.squared_values = weighted
+        stored = HEADER_NAME[rows.dtype], *rows.shape
+        encoding, targets = row_encoding(chunk.step, matrix), QuantizedTensors.from_roles(part)
+        given = [array for array in targets if array is not None]
+        found = stats_of(units.encode_rows(rows, stored, given, encoding, is_encoded=is_encoded))
+        if found.first_nonfinite_row is not None:
+            found.first_nonfinite_row += first
+        stats.merge(found)
     return stats
 
 
-def _weighted_error(
-    chunk: Chunk, importance: Importance, dense: np.ndarray, decoded: np.ndarray
-) -> tuple[float, float]:
-    """Squared errors and squared values of a chunk, each input weighted with its mean square."""
-    error = energy = 0.0
-    for first, last, matrix in matrix_runs(chunk):
-        weights = importance.weights(matrix)
-        wide = dense[first:last].astype(np.float32)
-        weighted_error = decoded[first:last].astype(np.float32) - wide
-        sums = [np.einsum("ri,ri->i", x, x, dtype=np.float64) for x in (weighted_error, wide)]
-        counted = [float(x.sum() if weights is None else x @ weights) for x in sums]
-        error, energy = error + counted[0], energy + counted[1]
-    return error, energy
+def row_encoding(step: Step, matrix: int) -> units.RowEncoding:
+    """How rows of one matrix of a stack are encoded."""
+    params = step.encode
+    assert params is not None
+    importance = params.importance
+    weights = None if importance is None else importance.weights(matrix)
+    error_weights = None
+    if params.weighted_error and importance is not None:
+        equal = np.ones(step.rows.columns, np.float32)
+        error_weights = equal if weights is None else weights
+    if params.search == "off":
+        return units.RowEncoding(params.target, step.dtype, error_weights=error_weights)
+    return units.RowEncoding(params.target, step.dtype, params.search, weights, error_weights)
+
+
+def stats_of(found: units.Found) -> LayerStats:
+    """The statistics of rows that were encoded."""
+    row = found.first_nonfinite_row
+    return LayerStats(
+        nonfinite=found.nonfinite,
+        first_nonfinite_row=None if row < 0 else row,
+        overflowed=found.overflowed,
+        flushed_groups=found.flushed_groups,
+        squared_error=found.squared_error,
+        squared_values=found.squared_values,
+        max_error_steps=found.max_error_steps,
+    )
 
 
 def _quantize_gptq(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from requant.checkpoints.checkpoint import ComputedTensor
 from requant.errors import OutOfRangeError
 from requant.execution.hessian_cache import bytes_for
+from requant.kernels.units import BLOCK_BYTES, BLOCKS_HELD
 from requant.layouts.outputs import BATCH_BYTES
 from requant.planning.plan import Plan, Step
 
@@ -15,6 +16,11 @@ from requant.planning.plan import Plan, Step
 DEFAULT_CHUNK_BYTES = 4 << 20
 # A chunk of a layer whose rows are spread over the whole tensor: read in runs of some KB.
 STRIDED_CHUNK_BYTES = 64 << 20
+# What a worker takes, and records when it is done, counted as chunks are: enough that what Python
+# does for it takes no time, little enough that a progress bar moves and little is done again.
+UNIT_BYTES = 64 << 20
+_UNITS_PER_THREAD = 8  # at least, of a small model, so that all threads end at about the same time
+_UNIT_PARTS = {"off": 1, "fast": 4, "best": 16}  # searches take longer
 # Python, NumPy and the plan itself, before the first buffer (measured: 45 to 60 MB).
 BASE_MEMORY_BYTES = 80 << 20
 # What the import of a library adds (measured: 41 MB for mlx-lm).
@@ -30,6 +36,17 @@ class ResourceLimits:
     strided_bytes: int = 0  # for steps that read in strides; 0: as any other
     overhead_bytes: int = 0  # held next to the chunks: the library, and tensors that it computes
     factorizations: int = 1  # Hessians that are factored at a time
+    unit_bytes: int = 0  # of the rows that are taken and recorded at a time; 0: a chunk
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block of ``kernels.units``, so that a call holds no more than a chunk."""
+        return min(BLOCK_BYTES, self.chunk_bytes // BLOCKS_HELD)
+
+    def unit_bytes_for(self, step: Step) -> int:
+        """Bytes of the rows of a step that a worker takes at a time, counted as for chunks."""
+        unit = 0 if step.gptq else self.unit_bytes // _UNIT_PARTS[step.search]
+        return max(unit, self.chunk_bytes_for(step))
 
     def chunk_bytes_for(self, step: Step) -> int:
         """Bytes that a worker holds of a step at a time."""
@@ -74,6 +91,7 @@ def plan_resources(
             0 if chunk_bytes else min(STRIDED_CHUNK_BYTES, widest),
             _overhead_bytes(plan, threads, factorizations),
             factorizations,
+            unit_bytes=0 if chunk_bytes else _unit_bytes(plan, threads),
         )
     _check_memory(plan, max_memory, longest)
     while max_memory < BASE_MEMORY_BYTES + _overhead_bytes(plan, threads) + threads * longest:
@@ -88,7 +106,13 @@ def plan_resources(
         min(wanted, room),
         overhead_bytes=overhead,
         factorizations=factorizations,
+        unit_bytes=0 if chunk_bytes else _unit_bytes(plan, threads),
     )
+
+
+def _unit_bytes(plan: Plan, threads: int) -> int:
+    """Bytes of a unit: fewer where a model would be too few units for the threads."""
+    return min(UNIT_BYTES, plan.bytes_in // (threads * _UNITS_PER_THREAD))
 
 
 def _factorizations(plan: Plan, threads: int, spare: int) -> int:

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
+from requant.errors import OutputError
 from requant.execution.completed_work import CompletedWork
 from requant.execution.layer_stats import LayerStats
 from requant.planning.plan import OutputTensor, Plan
@@ -32,8 +33,22 @@ class ProgressLog(Protocol):
         """
 
 
+class OpenShards(Protocol):
+    """Shards as open files, which take bytes at the offsets that ``Sink.write`` takes."""
+
+    def fd(self, file: str) -> int:
+        """The open file of a shard."""
+
+    def write_error(self, error: OSError) -> OutputError:
+        """The error to raise where a shard cannot be written."""
+
+
 class Sink(Protocol):
     """Where the bytes of a plan's shards go."""
+
+    @property
+    def shards(self) -> OpenShards | None:
+        """Files that take bytes without ``write``; None where there are none."""
 
     @property
     def progress_log(self) -> ProgressLog | None:
@@ -62,7 +77,7 @@ class TensorOffsets:
 class NullSink:
     """A sink for a run of which only the statistics are used."""
 
-    progress_log = None
+    shards = progress_log = None
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Drop the data."""

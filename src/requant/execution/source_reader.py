@@ -9,12 +9,21 @@ import os
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from requant.checkpoints.checkpoint import JoinedTensor, OpenedSource, SourceFile, StoredTensor
+from requant.checkpoints.checkpoint import (
+    FileRange,
+    JoinedTensor,
+    OpenedSource,
+    SourceFile,
+    StoredTensor,
+    cut,
+)
 from requant.core.files import open_regular
 from requant.errors import CheckpointError, Problem
+from requant.kernels.units import FileBytes, UnitFileError
 from requant.packings.base import Rect
 from requant.text import os_error_text
 
@@ -106,11 +115,24 @@ class SourceReader:
                 into, start = into[size:], part.nbytes
             start -= part.nbytes
 
-    def read_cut(self, tensor: StoredTensor | JoinedTensor, cut: Rect, into: np.ndarray) -> None:
+    def open_ranges(
+        self, tensor: StoredTensor | JoinedTensor, start: int, stop: int
+    ) -> list[FileBytes]:
+        """Bytes ``start`` to ``stop`` of a tensor, in open files."""
+        return [
+            FileBytes(self._fd(part.file), part.offset, part.nbytes)
+            for part in cut(tensor, start, stop)
+        ]
+
+    def fail(self, part: FileRange, error: UnitFileError) -> NoReturn:
+        """Raise the error of a part of a tensor that could not be read."""
+        self._fail(part.file, os_error_text(error) if error.errno else _cut_short(error.offset))
+
+    def read_cut(self, tensor: StoredTensor | JoinedTensor, rect: Rect, into: np.ndarray) -> None:
         """Fill ``into`` with a rectangle of a tensor; whole rows are one read."""
         width = tensor.info.shape[-1] if tensor.info.shape else 1
         size = into.dtype.itemsize
-        (first, last), (left, right) = cut.rows, cut.columns
+        (first, last), (left, right) = rect.rows, rect.columns
         if right - left == width:
             self.read_tensor(tensor, first * width * size, bytes_of(into))
             return
@@ -126,11 +148,15 @@ class SourceReader:
             except OSError as error:
                 self._fail(file, os_error_text(error))
             if got == 0:
-                self._fail(file, f"ends at byte {offset:,}: it was cut while it was read")
+                self._fail(file, _cut_short(offset))
             into, offset = into[got:], offset + got
 
-    def _fail(self, file: str, message: str) -> None:
+    def _fail(self, file: str, message: str) -> NoReturn:
         raise CheckpointError(str(self.path), [Problem(file, message)])
+
+
+def _cut_short(offset: int) -> str:
+    return f"ends at byte {offset:,}: it was cut while it was read"
 
 
 def bytes_of(array: np.ndarray) -> memoryview:

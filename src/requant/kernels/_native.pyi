@@ -5,6 +5,7 @@ Arrays are C-contiguous and outputs are allocated by the caller. Floats are pass
 as bits, uint16 or uint32, with a dtype name: "F32", "F16" or "BF16".
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing
@@ -135,6 +136,30 @@ def gguf_fp4(type: int, blocks: numpy.typing.NDArray[Any], words: numpy.typing.N
 
 def gguf_values(type: int, blocks: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any], dtype: str) -> None:
     """Values of blocks."""
+
+class FileError(Exception):
+    pass
+
+def copy_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], target: numpy.typing.NDArray[Any] | tuple[int, int], nbytes: int, block_bytes: int) -> None:
+    """
+    Copies bytes. A source is an array or ranges (fd, offset, nbytes) of files, a target an array or a place
+    (fd, offset). Raises FileError(is_write, index of the range or target, errno or 0 at the end, offset).
+    """
+
+def cast_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, target: numpy.typing.NDArray[Any] | tuple[int, int], dtype: str, count: int, block_bytes: int) -> int:
+    """
+    The same with values rounded; returns the number of finite values that became infinite.
+    """
+
+def encode_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, error_weights: numpy.typing.NDArray[Any] | None, is_encoded: bool, block_bytes: int) -> tuple[int, int, int, int, float, float, float]:
+    """
+    Casts rows to dtype, encodes them into words, scales and biases, and measures the error; with is_encoded
+    only measures. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error,
+    squared values, the largest error in steps).
+    """
+
+def read_spaced(fd: int, offset: int, stride: int, into: numpy.typing.NDArray[Any]) -> None:
+    """Reads rows of bytes that lie stride bytes apart."""
 
 def isa() -> str:
     """The instruction set whose kernels run."""

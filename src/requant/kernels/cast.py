@@ -1,10 +1,9 @@
-"""Dense values in buffers of the caller: casts, NaN and infinity, quantization error."""
+"""Dense values in buffers of the caller: casts, NaN and infinity."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from requant.core.dtypes import HEADER_NAME, KERNEL_FLOATS
@@ -40,43 +39,6 @@ def first_nonfinite_row(values: Array) -> int | None:
     """The first row of a matrix that holds NaN or infinity, or None."""
     index = int(_native.first_nonfinite(_bits(values), _name(values)))
     return None if index < 0 else index // values.shape[-1]
-
-
-def encoding_error(
-    dense: Array, decoded: Array, scales: Array, mode: str, group_max: Array
-) -> tuple[float, float, float]:
-    """The quantization error between values and what their codes decode to.
-
-    Args:
-        dense: Values that were quantized, C-contiguous.
-        decoded: The decoded values, of the same shape.
-        scales: As stored, one a group.
-        mode: MLX's name; decides how scale bytes are read.
-        group_max: A float32 buffer of one value a group; overwritten.
-
-    Returns:
-        The sums of squared errors and of squared values, and the largest error in units
-        of its group's step: the magnitude of the scale, which is the distance of
-        neighbouring codes in affine mode and the value of element 1.0 in the others.
-    """
-    group_size = dense.size // scales.size
-    pair = _bits(dense), _name(dense), _bits(decoded), _name(decoded)
-    most = group_max.reshape(-1)
-    squares, norm = _native.group_errors(*pair, group_size, most.view(np.uint32))
-    steps = _steps(scales, mode)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio = most / steps
-    return float(squares), float(norm), float(np.max(ratio, where=steps > 0, initial=0.0))
-
-
-def _steps(scales: Array, mode: str) -> Array:
-    """The step of each group, float32."""
-    if mode == "nvfp4":
-        scales = scales.view(ml_dtypes.float8_e4m3fn)
-    elif scales.dtype == np.uint8:
-        scales = scales.view(ml_dtypes.float8_e8m0fnu)
-    steps: Array = np.abs(scales.reshape(-1).astype(np.float32))
-    return steps
 
 
 def _bits(values: Array) -> Array:

@@ -119,7 +119,7 @@ def quantize_into(
     (ValueError). Returns the number of groups flushed to zero, too small for an E8M0 scale.
     """
     bits, group_size = _checked(quantization)
-    weights = _search_weights(search, weights, w.shape[-1])
+    weights = search_weights(search, weights, w.shape[-1])
     name, mode = float_name(w.dtype, "[quantize] cannot quantize w"), quantization.mode.value
     values = as_unsigned(w)
     if mode == "affine":
@@ -297,7 +297,7 @@ def _checked(quantization: Quantization) -> tuple[int, int]:
     return bits, group_size
 
 
-def _search_weights(search: str | None, weights: Array | None, n_in: int) -> Array | None:
+def search_weights(search: str | None, weights: Array | None, n_in: int) -> Array | None:
     """Check the weights; as the kernels take them: float32 bits, scaled to at most 1."""
     if search is not None and search not in SEARCH_LEVELS:
         raise UnknownValueError("[quantize] no such search", search, SEARCH_LEVELS)

@@ -191,7 +191,7 @@ def check_installed(source: Path) -> None:
 class ArraySink:
     """A sink that writes the bytes of each tensor into an MLX array."""
 
-    progress_log = None  # there is nothing to resume
+    shards = progress_log = None  # there is nothing to resume
 
     def __init__(self, plan: Plan) -> None:
         from requant.kernels.mlx_backend import empty

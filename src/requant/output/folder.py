@@ -161,6 +161,11 @@ class OutputFolder:
         assert self._progress is not None, "the folder was not entered"
         return self._progress
 
+    @property
+    def shards(self) -> ShardFiles:
+        """The shards as open files."""
+        return self._files
+
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Write ``data`` at an absolute offset of a shard; thread-safe."""
         self._files.write(file, offset, data)

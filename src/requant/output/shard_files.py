@@ -50,9 +50,17 @@ class ShardFiles:
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Write ``data`` at an absolute offset of a shard; thread-safe."""
         try:
-            write_at(self._fds[file], data, offset)
+            write_at(self.fd(file), data, offset)
         except OSError as error:
-            raise write_error(self._output, error) from error
+            raise self.write_error(error) from error
+
+    def fd(self, file: str) -> int:
+        """The open file of a shard."""
+        return self._fds[file]
+
+    def write_error(self, error: OSError) -> OutputError:
+        """The error to raise where a shard cannot be written."""
+        return write_error(self._output, error)
 
     def hash(self, tensor: OutputTensor) -> str:
         """SHA-256, in hex, of a tensor's bytes as they are in its file."""

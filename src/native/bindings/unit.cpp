@@ -1,0 +1,154 @@
+// Units of work: rows from files or arrays, through a kernel, to files or arrays.
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+#include <variant>
+
+#include "../unit.h"
+#include "checks.h"
+
+namespace requant::bindings {
+
+namespace {
+
+using Source = std::variant<In, std::vector<std::tuple<int, int64_t, size_t>>>;
+using Target = std::variant<Out, std::pair<int, int64_t>>;
+
+RowReader reader_of(const Source& source, size_t bits, size_t rows, size_t cols) {
+  if (const In* array = std::get_if<In>(&source)) {
+    check_shape(*array, "source", bits, rows, cols);
+    return RowReader(array->data());
+  }
+  std::vector<FileRange> ranges;
+  size_t nbytes = 0;
+  for (const auto& [fd, offset, size] : std::get<1>(source)) {
+    ranges.push_back({fd, offset, size});
+    nbytes += size;
+  }
+  if (nbytes != rows * cols * bits / 8)
+    throw_value_error("source: expected ranges of " + std::to_string(rows * cols * bits / 8) + " bytes, got " +
+                      std::to_string(nbytes));
+  return RowReader(std::move(ranges));
+}
+
+RowWriter writer_of(const Target& target, const char* name, size_t index, size_t bits, size_t rows, size_t cols) {
+  if (const Out* array = std::get_if<Out>(&target)) {
+    check_shape(*array, name, bits, rows, cols);
+    return RowWriter(array->data());
+  }
+  const auto& [fd, offset] = std::get<1>(target);
+  return RowWriter(fd, offset, index);
+}
+
+void copy_rows_from(Source source, Target target, size_t nbytes, size_t block_bytes) {
+  RowReader reader = reader_of(source, 8, 1, nbytes);
+  RowWriter writer = writer_of(target, "target", 0, 8, 1, nbytes);
+  run([&] { copy_rows(reader, writer, nbytes, block_bytes); });
+}
+
+size_t cast_rows_from(Source source, const std::string& source_dtype, Target target, const std::string& dtype,
+                      size_t count, size_t block_bytes) {
+  const Dtype from = dtype_of(source_dtype), to = dtype_of(dtype);
+  RowReader reader = reader_of(source, bits_of(from), 1, count);
+  RowWriter writer = writer_of(target, "target", 0, bits_of(to), 1, count);
+  return run([&] { return cast_rows(reader, from, writer, to, count, block_bytes); });
+}
+
+Encoding encoding_of(const std::string& mode, int group_size, int bits) {
+  Encoding encoding{};
+  if (mode == "affine") {
+    check_affine(group_size, bits);
+    encoding.mode = Mode::Affine;
+  } else if (mode == "nvfp4") {
+    encoding.mode = Mode::Nvfp4;
+    if (group_size != kNvfp4Group || bits != kNvfp4Bits) throw_value_error("nvfp4: expected 4 bits and group size 16");
+  } else {
+    encoding.mode = Mode::Mx;
+    if (bits != mx_bits(mode) || group_size != kMxGroup) throw_value_error(mode + ": other bits or group size");
+  }
+  encoding.group_size = group_size;
+  encoding.bits = bits;
+  return encoding;
+}
+
+const float* weights_of(const std::optional<In>& weights, const char* name, size_t cols) {
+  if (!weights) return nullptr;
+  check_rank(*weights, name, 1);
+  check_layout(*weights, name, 32);
+  if (weights->shape(0) != cols)
+    throw_value_error(std::string(name) + ": expected shape (" + std::to_string(cols) + ",), got " +
+                      to_string(shape_of(*weights)));
+  return data<float>(*weights);
+}
+
+using Found = std::tuple<size_t, ptrdiff_t, size_t, size_t, double, double, double>;
+
+Found encode_rows_from(Source source, const std::string& source_dtype, const std::string& dtype, size_t rows,
+                       size_t cols, const std::string& mode, int group_size, int bits, std::vector<Target> targets,
+                       std::optional<std::string> level, std::optional<In> weights, std::optional<In> error_weights,
+                       bool is_encoded, size_t block_bytes) {
+  const Dtype from = dtype_of(source_dtype), to = dtype_of(dtype);
+  Encoding encoding = encoding_of(mode, group_size, bits);
+  check_multiple("source", cols, group_size);
+  encoding.is_searched = level.has_value();
+  encoding.search.weights = weights_of(weights, "weights", cols);
+  if (level) {
+    if (*level != "fast" && *level != "best") throw_value_error("level: expected fast or best, got " + *level);
+    encoding.search.best = *level == "best";
+  }
+  encoding.error_weights = weights_of(error_weights, "error_weights", cols);
+  encoding.is_encoded = is_encoded;
+  const size_t count = encoding.has_biases() ? 3 : 2;
+  if (targets.size() != count)
+    throw_value_error("targets: expected " + std::to_string(count) + ", got " + std::to_string(targets.size()));
+  for (const Target& target : targets)
+    if (is_encoded && !std::holds_alternative<Out>(target)) throw_value_error("targets: expected arrays with codes");
+  const size_t groups = cols / size_t(group_size), words = groups * size_t(group_size * bits / 32);
+  const size_t scale_bits = encoding.has_biases() ? bits_of(to) : 8;
+  RowReader reader = reader_of(source, bits_of(from), rows, cols);
+  RowTargets writers{writer_of(targets[0], "words", 0, 32, rows, words),
+                     writer_of(targets[1], "scales", 1, scale_bits, rows, groups),
+                     writer_of(targets.back(), count == 3 ? "biases" : "scales", count - 1, scale_bits, rows, groups)};
+  const Findings found = run([&] { return encode_rows(reader, from, to, rows, cols, encoding, writers, block_bytes); });
+  return {found.nonfinite,     found.first_nonfinite_row, found.overflowed,     found.flushed_groups,
+          found.squared_error, found.squared_values,      found.max_error_steps};
+}
+
+void read_spaced_from(int fd, int64_t offset, size_t stride, Out into) {
+  check_rank(into, "into", 2);
+  check_layout(into, "into", 8);
+  run([&] { read_spaced(fd, offset, stride, into.shape(0), into.shape(1), data<uint8_t>(into)); });
+}
+
+}  // namespace
+
+void init_unit(nb::module_& m) {
+  static PyObject* failure = nb::exception<FileError>(m, "FileError").ptr();
+  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const FileError& e) {
+      PyErr_SetObject(failure, nb::make_tuple(e.is_write, e.index, e.error, e.offset).ptr());
+    }
+  });
+  m.def("copy_rows", &copy_rows_from, "source"_a.noconvert(), "target"_a.noconvert(), "nbytes"_a, "block_bytes"_a,
+        "Copies bytes. A source is an array or ranges (fd, offset, nbytes) of files, a target an array or a place\n"
+        "(fd, offset). Raises FileError(is_write, index of the range or target, errno or 0 at the end, offset).");
+  m.def("cast_rows", &cast_rows_from, "source"_a.noconvert(), "source_dtype"_a, "target"_a.noconvert(), "dtype"_a,
+        "count"_a, "block_bytes"_a, "The same with values rounded; returns the number of finite values that became infinite.");
+  m.def("encode_rows", &encode_rows_from, "source"_a.noconvert(), "source_dtype"_a, "dtype"_a, "rows"_a, "cols"_a,
+        "mode"_a, "group_size"_a, "bits"_a, "targets"_a.noconvert(), "level"_a.none(), "weights"_a.noconvert().none(),
+        "error_weights"_a.noconvert().none(), "is_encoded"_a, "block_bytes"_a,
+        "Casts rows to dtype, encodes them into words, scales and biases, and measures the error; with is_encoded\n"
+        "only measures. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error,\n"
+        "squared values, the largest error in steps).");
+  m.def("read_spaced", &read_spaced_from, "fd"_a, "offset"_a, "stride"_a, "into"_a.noconvert(),
+        "Reads rows of bytes that lie stride bytes apart.");
+}
+
+}  // namespace requant::bindings

@@ -1,0 +1,416 @@
+// A unit of work: many rows of one tensor, from files or memory to files or memory.
+//
+// The rows pass in blocks that stay in a core's cache: read, cast, checked for NaN and infinity,
+// encoded, decoded again to measure the error, written. `block_bytes` is the most that a block has
+// of stored or of dense values, but for one row, and what is collected of an output before it is
+// written; about six times as much is held. Nothing here depends on the instruction set: the
+// arithmetic is that of the table of kernels.
+
+#pragma once
+
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include <unistd.h>
+
+#include "kernels.h"
+
+namespace requant {
+
+inline size_t itemsize(Dtype dtype) { return dtype == Dtype::F32 ? 4 : 2; }
+
+// Bytes of an open file.
+struct FileRange {
+  int fd;
+  int64_t offset;
+  size_t nbytes;
+};
+
+// A read or write that failed. index: of the range, or of the output; error: errno, 0 where a file
+// ends too early.
+struct FileError : std::exception {
+  FileError(bool is_write, size_t index, int error, int64_t offset)
+      : is_write(is_write), index(index), error(error), offset(offset) {}
+  const char* what() const noexcept override { return "a file could not be read or written"; }
+
+  bool is_write;
+  size_t index;
+  int error;
+  int64_t offset;
+};
+
+// ---------------------------------------------------------------- bytes in and out
+
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t nbytes) : data_(static_cast<uint8_t*>(::operator new(nbytes, kAlign))) {}
+  uint8_t* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Delete {
+    void operator()(uint8_t* data) const { ::operator delete(data, kAlign); }
+  };
+  std::unique_ptr<uint8_t, Delete> data_;
+};
+
+// The rows of an input, one block after another.
+class RowReader {
+ public:
+  explicit RowReader(const void* data) : data_(static_cast<const uint8_t*>(data)) {}
+  explicit RowReader(std::vector<FileRange> ranges) : ranges_(std::move(ranges)) {}
+
+  // No block is larger.
+  void reserve(size_t nbytes) {
+    if (data_ == nullptr) block_ = Buffer(nbytes);
+  }
+
+  // The next bytes; valid until the next call.
+  const uint8_t* next(size_t nbytes) {
+    if (data_ == nullptr) {
+      read(block_.get(), nbytes);
+      return block_.get();
+    }
+    data_ += nbytes;
+    return data_ - nbytes;
+  }
+
+  void read(uint8_t* into, size_t nbytes) {
+    if (data_ != nullptr) {
+      std::memcpy(into, next(nbytes), nbytes);
+      return;
+    }
+    while (nbytes > 0) {
+      while (index_ < ranges_.size() && ranges_[index_].nbytes == 0) index_++;
+      if (index_ == ranges_.size()) throw FileError{false, index_, 0, 0};
+      FileRange& range = ranges_[index_];
+      const ssize_t got = pread(range.fd, into, nbytes < range.nbytes ? nbytes : range.nbytes, range.offset);
+      if (got < 0 && errno == EINTR) continue;
+      if (got <= 0) throw FileError{false, index_, got < 0 ? errno : 0, range.offset};
+      range.offset += got;
+      range.nbytes -= size_t(got);
+      into += got;
+      nbytes -= size_t(got);
+    }
+  }
+
+ private:
+  const uint8_t* data_ = nullptr;  // null: from files
+  std::vector<FileRange> ranges_;
+  size_t index_ = 0;
+  Buffer block_;
+};
+
+// The rows of an output, one block after another.
+class RowWriter {
+ public:
+  explicit RowWriter(void* data) : data_(static_cast<uint8_t*>(data)) {}
+  RowWriter(int fd, int64_t offset, size_t index) : fd_(fd), offset_(offset), index_(index) {}
+
+  // No block is larger than `nbytes`; so many, or `collected`, are written at a time.
+  void reserve(size_t nbytes, size_t collected) {
+    if (data_ != nullptr) return;
+    size_ = nbytes > collected ? nbytes : collected;
+    block_ = Buffer(size_);
+  }
+
+  // Room for the next bytes; they may be changed until the next call.
+  uint8_t* next(size_t nbytes) {
+    if (data_ != nullptr) {
+      data_ += nbytes;
+      return data_ - nbytes;
+    }
+    if (used_ + nbytes > size_) flush();
+    used_ += nbytes;
+    return block_.get() + used_ - nbytes;
+  }
+
+  void flush() {
+    for (size_t done = 0; done < used_;) {
+      const ssize_t got = pwrite(fd_, block_.get() + done, used_ - done, offset_);
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) throw FileError{true, index_, errno, offset_};
+      offset_ += got;
+      done += size_t(got);
+    }
+    used_ = 0;
+  }
+
+ private:
+  uint8_t* data_ = nullptr;  // null: to a file
+  int fd_ = -1;
+  int64_t offset_ = 0;
+  size_t index_ = 0, size_ = 0, used_ = 0;
+  Buffer block_;
+};
+
+// ---------------------------------------------------------------- rows moved and cast
+
+inline void copy_rows(RowReader& source, RowWriter& target, size_t nbytes, size_t block_bytes) {
+  const size_t most = block_bytes > 1 ? block_bytes : 1;
+  target.reserve(most, most);
+  for (size_t done = 0, size; done < nbytes; done += size) {
+    size = nbytes - done < most ? nbytes - done : most;
+    source.read(target.next(size), size);
+  }
+  target.flush();
+}
+
+// Returns the number of finite values that became infinite.
+inline size_t cast_rows(RowReader& source, Dtype from, RowWriter& target, Dtype to, size_t count, size_t block_bytes) {
+  const Kernels& k = kernels();
+  const size_t most = block_bytes > 4 ? block_bytes / 4 : 1;
+  source.reserve(most * itemsize(from));
+  target.reserve(most * itemsize(to), block_bytes);
+  size_t overflowed = 0;
+  for (size_t done = 0, size; done < count; done += size) {
+    size = count - done < most ? count - done : most;
+    const uint8_t* stored = source.next(size * itemsize(from));
+    overflowed += k.cast({stored, from}, size, {target.next(size * itemsize(to)), to});
+  }
+  target.flush();
+  return overflowed;
+}
+
+// ---------------------------------------------------------------- rows encoded
+
+enum class Mode { Affine, Mx, Nvfp4 };
+
+// How rows are encoded.
+struct Encoding {
+  Mode mode;
+  int group_size, bits;
+  bool is_searched;
+  Search search;
+  bool is_encoded;             // the outputs hold the codes already: only the error is measured
+  const float* error_weights;  // one for each column: the error is measured with them; or null
+  bool has_biases() const { return mode == Mode::Affine; }
+};
+
+// What was found in the rows.
+struct Findings {
+  size_t nonfinite = 0;
+  ptrdiff_t first_nonfinite_row = -1;
+  size_t overflowed = 0, flushed_groups = 0;
+  double squared_error = 0.0, squared_values = 0.0;
+  float max_error_steps = 0.0f;  // in steps of the group's scale
+};
+
+// The outputs of a block of rows.
+struct Block {
+  uint32_t* words;
+  uint8_t *scales, *biases;
+};
+
+// Magnitudes of scales that are bytes.
+struct ScaleTables {
+  float e8m0[256], e4m3[256];
+
+  ScaleTables() {
+    for (int byte = 0; byte < 256; byte++) {
+      const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+      e8m0[byte] = byte == 255 ? NAN : std::ldexp(1.0f, byte - 127);
+      e4m3[byte] = exponent == 15 && mantissa == 7 ? NAN
+                   : exponent == 0                 ? std::ldexp(float(mantissa), -9)
+                                                   : std::ldexp(float(8 + mantissa), exponent - 10);
+    }
+  }
+};
+
+inline const ScaleTables& scale_tables() {
+  static const ScaleTables tables;
+  return tables;
+}
+
+// Rows of `cols` values of one dtype on their way to codes.
+class RowEncoder {
+ public:
+  RowEncoder(Encoding encoding, Dtype dtype, size_t cols, size_t most_rows)
+      : k_(kernels()),
+        encoding_(encoding),
+        dtype_(dtype),
+        cols_(cols),
+        groups_(cols / size_t(encoding.group_size)),
+        decoded_(most_rows * cols * itemsize(dtype)),
+        group_max_(most_rows * groups_ * sizeof(float)),
+        steps_(most_rows * groups_ * sizeof(float)) {
+    if (encoding.error_weights == nullptr) return;
+    wide_ = Buffer(2 * cols * sizeof(float));
+    column_sums_.resize(2 * cols);
+  }
+
+  void encode(const void* dense, size_t rows, Block out, Findings& found) {
+    const size_t count = rows * cols_;
+    if (!encoding_.is_encoded) found.flushed_groups += quantize({dense, dtype_, rows, cols_}, out);
+    dequantize(out, {decoded_.get(), dtype_, rows, cols_});
+    double sums[2];
+    auto* group_max = reinterpret_cast<float*>(group_max_.get());
+    k_.group_errors({dense, dtype_}, {decoded_.get(), dtype_}, count, size_t(encoding_.group_size), group_max, sums);
+    const float steps = most_steps(group_max, out.scales, rows * groups_);
+    found.max_error_steps = steps > found.max_error_steps ? steps : found.max_error_steps;
+    if (encoding_.error_weights != nullptr) return add_weighted(dense, rows);
+    found.squared_error += sums[0];
+    found.squared_values += sums[1];
+  }
+
+  // With weights, the sums of all blocks.
+  void finish(Findings& found) const {
+    if (encoding_.error_weights == nullptr) return;
+    for (size_t i = 0; i < cols_; i++) {
+      found.squared_error += double(encoding_.error_weights[i]) * column_sums_[i];
+      found.squared_values += double(encoding_.error_weights[i]) * column_sums_[cols_ + i];
+    }
+  }
+
+ private:
+  size_t quantize(ConstMatrix w, Block out) const {
+    const Affine affine{encoding_.group_size, encoding_.bits};
+    const AffineTensors tensors{out.words, out.scales, out.biases};
+    const FloatTensors floats{out.words, out.scales};
+    const Search& search = encoding_.search;
+    switch (encoding_.mode) {
+      case Mode::Affine:
+        encoding_.is_searched ? k_.affine_search(w, affine, search, tensors) : k_.affine_quantize(w, affine, tensors);
+        return 0;
+      case Mode::Nvfp4:
+        encoding_.is_searched ? k_.nvfp4_search(w, nullptr, search, floats) : k_.nvfp4_quantize(w, nullptr, floats);
+        return 0;
+      default:
+        return encoding_.is_searched ? k_.mx_search(w, encoding_.bits, search, floats)
+                                     : k_.mx_quantize(w, encoding_.bits, floats);
+    }
+  }
+
+  void dequantize(Block in, Matrix out) const {
+    switch (encoding_.mode) {
+      case Mode::Affine:
+        return k_.affine_dequantize({in.words, {in.scales, dtype_}, {in.biases, dtype_}},
+                                    {encoding_.group_size, encoding_.bits}, out);
+      case Mode::Nvfp4: return k_.nvfp4_dequantize({in.words, in.scales}, nullptr, out);
+      default: return k_.mx_dequantize({in.words, in.scales}, encoding_.bits, out);
+    }
+  }
+
+  float most_steps(const float* group_max, const uint8_t* scales, size_t groups) const {
+    auto* steps = reinterpret_cast<float*>(steps_.get());
+    if (encoding_.mode == Mode::Affine) {
+      k_.cast({scales, dtype_}, groups, {steps, Dtype::F32});
+    } else {
+      const ScaleTables& tables = scale_tables();
+      const float* values = encoding_.mode == Mode::Nvfp4 ? tables.e4m3 : tables.e8m0;
+      for (size_t i = 0; i < groups; i++) steps[i] = values[scales[i]];
+    }
+    for (size_t i = 0; i < groups; i++) {
+      const float step = std::fabs(steps[i]);
+      steps[i] = step > 0.0f ? group_max[i] / step : 0.0f;
+    }
+    // Floats that are not negative are in the order of their bits, NaN above all: unlike these,
+    // integers are compared many at a time.
+    int32_t most = 0;
+    for (size_t i = 0; i < groups; i++) {
+      int32_t bits;
+      std::memcpy(&bits, steps + i, sizeof bits);
+      bits &= 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+    float ratio;
+    std::memcpy(&ratio, &most, sizeof ratio);
+    return ratio;
+  }
+
+  void add_weighted(const void* dense, size_t rows) {
+    auto* values = reinterpret_cast<float*>(wide_.get());
+    float* decoded = values + cols_;
+    double *errors = column_sums_.data(), *squares = errors + cols_;
+    const size_t row_bytes = cols_ * itemsize(dtype_);
+    for (size_t row = 0; row < rows; row++) {
+      k_.cast({static_cast<const uint8_t*>(dense) + row * row_bytes, dtype_}, cols_, {values, Dtype::F32});
+      k_.cast({decoded_.get() + row * row_bytes, dtype_}, cols_, {decoded, Dtype::F32});
+      for (size_t i = 0; i < cols_; i++) {
+        const float error = decoded[i] - values[i];
+        errors[i] += double(error) * double(error);
+        squares[i] += double(values[i]) * double(values[i]);
+      }
+    }
+  }
+
+  const Kernels& k_;
+  const Encoding encoding_;
+  const Dtype dtype_;
+  const size_t cols_, groups_;
+  const Buffer decoded_, group_max_, steps_;
+  Buffer wide_;                       // a row of values and of decoded values, float32
+  std::vector<double> column_sums_;  // of squared errors, then of squared values
+};
+
+// Rows as stored, cast to `dtype` and encoded. A block with NaN or infinity is counted and left
+// out: its codes are zeros.
+struct RowTargets {
+  RowWriter words, scales, biases;  // biases: of mode affine only
+};
+
+inline Findings encode_rows(RowReader& source, Dtype stored_dtype, Dtype dtype, size_t rows, size_t cols,
+                            const Encoding& encoding, RowTargets& targets, size_t block_bytes) {
+  const Kernels& k = kernels();
+  Findings found;
+  if (rows == 0 || cols == 0) return found;
+  const size_t stored_bytes = cols * itemsize(stored_dtype), dense_bytes = cols * itemsize(dtype);
+  const size_t word_bytes = cols * size_t(encoding.bits) / 8;
+  const size_t scale_bytes = cols / size_t(encoding.group_size) * (encoding.has_biases() ? itemsize(dtype) : 1);
+  const size_t widest = stored_bytes > dense_bytes ? stored_bytes : dense_bytes;
+  const size_t fitting = block_bytes / widest > 1 ? block_bytes / widest : 1;
+  const size_t most = fitting < rows ? fitting : rows;
+  source.reserve(most * stored_bytes);
+  targets.words.reserve(most * word_bytes, block_bytes);
+  targets.scales.reserve(most * scale_bytes, block_bytes);
+  if (encoding.has_biases()) targets.biases.reserve(most * scale_bytes, block_bytes);
+  const bool is_cast = stored_dtype != dtype;
+  const Buffer cast(is_cast ? most * dense_bytes : 0);
+  RowEncoder encoder(encoding, dtype, cols, most);
+  for (size_t row = 0, count; row < rows; row += count) {
+    count = rows - row < most ? rows - row : most;
+    const uint8_t* dense = source.next(count * stored_bytes);
+    if (is_cast) {
+      found.overflowed += k.cast({dense, stored_dtype}, count * cols, {cast.get(), dtype});
+      dense = cast.get();
+    }
+    Block out{reinterpret_cast<uint32_t*>(targets.words.next(count * word_bytes)),
+              targets.scales.next(count * scale_bytes), nullptr};
+    if (encoding.has_biases()) out.biases = targets.biases.next(count * scale_bytes);
+    const size_t nonfinite = k.count_nonfinite({dense, dtype}, count * cols);
+    if (nonfinite == 0) {
+      encoder.encode(dense, count, out, found);
+      continue;
+    }
+    if (found.nonfinite == 0)
+      found.first_nonfinite_row = ptrdiff_t(row + size_t(k.first_nonfinite({dense, dtype}, count * cols)) / cols);
+    found.nonfinite += nonfinite;
+    std::memset(out.words, 0, count * word_bytes);
+    std::memset(out.scales, 0, count * scale_bytes);
+    if (encoding.has_biases()) std::memset(out.biases, 0, count * scale_bytes);
+  }
+  encoder.finish(found);
+  targets.words.flush();
+  targets.scales.flush();
+  if (encoding.has_biases()) targets.biases.flush();
+  return found;
+}
+
+// ---------------------------------------------------------------- a rectangle of a file
+
+// Rows of `row_bytes`, `stride` bytes apart in a file, put one after another.
+inline void read_spaced(int fd, int64_t offset, size_t stride, size_t rows, size_t row_bytes, uint8_t* into) {
+  for (size_t row = 0; row < rows; row++, offset += int64_t(stride), into += row_bytes) {
+    RowReader reader(std::vector<FileRange>{{fd, offset, row_bytes}});
+    reader.read(into, row_bytes);
+  }
+}
+
+}  // namespace requant

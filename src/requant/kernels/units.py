@@ -1,0 +1,189 @@
+"""Rows of a tensor from files or arrays, through a kernel, to files or arrays.
+
+One call takes many rows and holds blocks of them that stay in a core's cache: it reads, casts,
+checks, encodes, measures the error and writes, all without the GIL. ``block_bytes`` is the most
+that a block has of stored or of dense values, but for one row; about six times as much is held.
+
+A source is an array, or ranges of open files, one after another. A target is an array, or a place
+in an open file. Floats are float32, float16 or bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from requant.kernels import _native
+from requant.kernels.float_views import as_unsigned
+from requant.kernels.quantize import search_weights
+from requant.quantization.config import Quantization
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+BLOCK_BYTES = 256 << 10
+"""A block whose stored, dense and decoded values, and codes, fit a second-level cache."""
+BLOCKS_HELD = 6
+"""Blocks' worth of memory that a call holds at the most."""
+
+
+class FileBytes(NamedTuple):
+    """Bytes of an open file."""
+
+    fd: int
+    offset: int
+    nbytes: int
+
+
+class FilePlace(NamedTuple):
+    """A place in an open file, from which on bytes are written."""
+
+    fd: int
+    offset: int
+
+
+Source = Array | Sequence[FileBytes]
+Target = Array | FilePlace
+
+
+class UnitFileError(OSError):
+    """A file could not be read or written; ``errno`` is 0 where a source ends too early."""
+
+    def __init__(self, error: _native.FileError) -> None:
+        self.is_write, self.index, number, self.offset = error.args
+        super().__init__(number, os.strerror(number))
+
+
+class Found(NamedTuple):
+    """What ``encode_rows`` found."""
+
+    nonfinite: int  # values that are NaN or infinite
+    first_nonfinite_row: int  # -1 for none
+    overflowed: int  # finite values that became infinite in the cast
+    flushed_groups: int  # groups too small for an E8M0 scale
+    squared_error: float
+    squared_values: float
+    max_error_steps: float  # the largest error in steps of its group
+
+
+@dataclass(frozen=True, slots=True)
+class RowEncoding:
+    """How rows are encoded and the error is measured.
+
+    ``search`` and ``weights`` are those of ``kernels.quantize``. The step of a group is the
+    magnitude of its scale: the distance of neighbouring codes in affine mode, and the value of
+    element 1.0 in the others. With ``error_weights``, float32, one for each column, the sums of
+    squares are weighted.
+    """
+
+    target: Quantization
+    dtype: str  # header name of the dtype that values are cast to
+    search: str | None = None
+    weights: Array | None = None
+    error_weights: Array | None = None
+
+
+def copy_rows(source: Source, target: Target, nbytes: int, block_bytes: int = BLOCK_BYTES) -> None:
+    """Copy bytes.
+
+    Raises:
+        UnitFileError: A file cannot be read or written.
+    """
+    try:
+        _native.copy_rows(_bits(source), _bits(target), nbytes, block_bytes)
+    except _native.FileError as error:
+        raise UnitFileError(error) from None
+
+
+def cast_rows(
+    source: Source,
+    dtypes: tuple[str, str],
+    target: Target,
+    count: int,
+    block_bytes: int = BLOCK_BYTES,
+) -> int:
+    """Round ``count`` values to nearest even, from the first dtype (a header name) to the second.
+
+    Returns:
+        How many finite values became infinite.
+
+    Raises:
+        UnitFileError: A file cannot be read or written.
+    """
+    stored, wanted = dtypes
+    try:
+        return _native.cast_rows(_bits(source), stored, _bits(target), wanted, count, block_bytes)
+    except _native.FileError as error:
+        raise UnitFileError(error) from None
+
+
+def encode_rows(
+    source: Source,
+    stored: tuple[str, int, int],
+    targets: Sequence[Target],
+    encoding: RowEncoding,
+    *,
+    is_encoded: bool = False,
+    block_bytes: int = BLOCK_BYTES,
+) -> Found:
+    """Cast rows, encode them, and measure the error of the codes.
+
+    A block with NaN or infinity is counted and gets codes of zeros.
+
+    Args:
+        source: The rows as stored; an array is ``(rows, columns)``.
+        stored: Their dtype (a header name), rows and columns.
+        targets: For words, scales and, in affine mode, biases. Arrays are ``(rows, ...)``.
+        encoding: How they are encoded.
+        is_encoded: The targets are arrays that hold the codes already: only measure.
+        block_bytes: As the module describes.
+
+    Raises:
+        UnitFileError: A file cannot be read or written.
+    """
+    target = encoding.target
+    dtype, rows, columns = stored
+    error_weights = encoding.error_weights
+    try:
+        return Found(
+            *_native.encode_rows(
+                _bits(source),
+                dtype,
+                encoding.dtype,
+                rows,
+                columns,
+                target.mode.value,
+                target.group_size,
+                target.bits,
+                [_bits(place) for place in targets],
+                encoding.search,
+                search_weights(encoding.search, encoding.weights, columns),
+                None if error_weights is None else as_unsigned(error_weights),
+                is_encoded,
+                block_bytes,
+            )
+        )
+    except _native.FileError as error:
+        raise UnitFileError(error) from None
+
+
+def read_spaced(fd: int, offset: int, stride: int, into: Array) -> None:
+    """Fill the rows of ``into``, uint8 ``(rows, n)``, with bytes that lie ``stride`` apart.
+
+    Raises:
+        UnitFileError: The file cannot be read, or ends too early.
+    """
+    try:
+        _native.read_spaced(fd, offset, stride, into)
+    except _native.FileError as error:
+        raise UnitFileError(error) from None
+
+
+def _bits(place: Source | Target) -> Any:
+    """An array as unsigned integers; a place in a file as it is."""
+    if not isinstance(place, np.ndarray):
+        return place
+    return place.view(np.uint8) if place.itemsize == 1 else as_unsigned(place)
