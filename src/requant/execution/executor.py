@@ -254,7 +254,7 @@ class _Run:
         return stats
 
     def _count(self, step: Step, read: int, written: int) -> None:
-        """Add to what ``progress`` is told."""
+        """Add to what ``progress`` shows."""
         with self.lock:
             self.layer = step.layer
             self.bytes_done += read

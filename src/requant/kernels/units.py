@@ -24,7 +24,7 @@ from requant.quantization.config import Quantization
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK_BYTES = 256 << 10
+BLOCK_BYTES = 128 << 10
 """A block whose stored, dense and decoded values, and codes, fit a second-level cache."""
 BLOCKS_HELD = 6
 """Blocks' worth of memory that a call holds at the most."""
