@@ -23,7 +23,7 @@ from requant.checkpoints.checkpoint import (
 )
 from requant.core.files import open_regular
 from requant.errors import CheckpointError, Problem
-from requant.kernels.units import FileBytes, UnitFileError
+from requant.kernels.units import FileBytes, UnitFileError, read_spaced
 from requant.packings.base import Rect
 from requant.text import os_error_text
 
@@ -136,8 +136,19 @@ class SourceReader:
         if right - left == width:
             self.read_tensor(tensor, first * width * size, bytes_of(into))
             return
-        for number, row in enumerate(range(first, last)):
-            self.read_tensor(tensor, (row * width + left) * size, bytes_of(into[number]))
+        stride, row_bytes = width * size, into[0].nbytes
+        if len(tensor.ranges) > 1:
+            for number, row in enumerate(range(first, last)):
+                self.read_tensor(tensor, row * stride + left * size, bytes_of(into[number]))
+            return
+        (part,) = tensor.ranges
+        rows = into.view(np.uint8).reshape(last - first, row_bytes)
+        try:
+            read_spaced(
+                self._fd(part.file), part.offset + first * stride + left * size, stride, rows
+            )
+        except UnitFileError as error:
+            self.fail(part, error)
 
     def read(self, file: str, offset: int, into: memoryview) -> None:
         """Fill ``into`` with the bytes at ``offset``."""

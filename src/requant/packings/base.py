@@ -87,6 +87,8 @@ class Packing(ABC):
     # whether a range of rows is spread over the whole tensor, so that few large ranges are read
     # faster than many small ones
     strided: ClassVar[bool] = False
+    # bytes of scratch memory that ``decode`` takes for a value
+    scratch_value_bytes: ClassVar[int] = 4
     holds_codes: ClassVar[bool] = True  # else values are only in another order or dtype
 
     @property
@@ -157,6 +159,10 @@ class WrappedPacking(Packing):
     @property
     def strided(self) -> bool:  # type: ignore[override]
         return self.layer.strided
+
+    @property
+    def scratch_value_bytes(self) -> int:  # type: ignore[override]
+        return self.layer.scratch_value_bytes
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return self.layer.required_rects(start, stop)

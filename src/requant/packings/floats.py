@@ -100,6 +100,7 @@ class Float8(MatrixPacking):
     scale_width: int  # last axis of the stored scales
     # whether every scale is a power of two and MLX's mxfp8 holds the same numbers
     exact: bool = False
+    scratch_value_bytes: ClassVar[int] = 0
 
     @property
     def grid(self) -> tuple[int, int]:

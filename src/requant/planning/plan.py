@@ -14,13 +14,15 @@ from typing import Any
 
 from requant.checkpoints.checkpoint import SourceFile, SourceTensor
 from requant.checkpoints.safetensors_header import build_header
-from requant.core.dtypes import TensorInfo
+from requant.core.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.core.json_pieces import Rows, as_data, compact_pieces
 from requant.core.reasons import Note, Reason, ReasonCode
 from requant.formats.base import RowOrder
 from requant.importance.statistics_file import Importance
 from requant.packings.base import Exactness, Packing
 from requant.quantization.config import PerLayerQuantization, Quantization, QuantMode
+
+_WIDEST = 4  # bytes of a float32 value
 
 
 class Operation(StrEnum):
@@ -161,20 +163,27 @@ class Step:
 
     @property
     def work_bytes_per_row(self) -> int:
-        """Bytes that a worker needs for one row: inputs, outputs, and the dense values between."""
+        """Bytes that a worker needs for each row: inputs, outputs, and the values between."""
         held = sum(self.row_bytes(t) for t in self.inputs.values())
         held += sum(self.row_bytes(t) for t in self.outputs.values())
-        if self.packing is not None and self.operation is Operation.REPACK:
-            held += self.packing.scratch_row_bytes
-        unpacked = self.packing is not None and self.operation is not Operation.REPACK
-        # Encoding holds the values of a row twice in float32: as they are, and decoded again.
-        dense = 2 * (self.encode is not None) + unpacked
-        return (held + dense * 4 * self.rows.columns) * self.rows.step
+        packing = self.packing
+        if packing is not None and self.operation is Operation.REPACK:
+            held += packing.scratch_row_bytes
+        elif packing is not None:
+            held += packing.scratch_value_bytes * self.rows.columns
+        if self.gptq:
+            held += 2 * _WIDEST * self.rows.columns
+        elif self.operation is Operation.RECODE:
+            held += NUMPY_DTYPE[self.dtype].itemsize * self.rows.columns
+        return held * self.rows.step
 
     @property
     def min_work_bytes(self) -> int:
         """Bytes of the smallest range of rows that can be computed alone."""
-        return self.work_bytes_per_row * (self.packing.row_unit if self.packing else 1)
+        unit = self.packing.row_unit if self.packing else 1
+        # Values of a block of rows are cast, and decoded again to measure the error.
+        block = 2 * _WIDEST * self.rows.columns if self.encode is not None else 0
+        return self.work_bytes_per_row * unit + block * self.rows.step
 
 
 @dataclass(frozen=True, slots=True)
