@@ -1,0 +1,190 @@
+"""Throughput of conversions with 1, 2, 4, ... threads, relative to one thread.
+
+Six kinds of work: bfloat16 to affine, mxfp4, nvfp4 and with ``--search best``, an AutoAWQ folder
+that is repacked, and DeepSeek's FP8 to affine; each to 4 bits. The row "copy" reads the source of
+the first kind and writes as many bytes as its output has, with as many threads: no conversion can
+be faster where the disk is the limit. Each round runs every number of threads one after another;
+printed are medians. A conversion is timed in a process of its own, after the imports.
+
+    python benchmarks/threads.py                          1, 2, 4, ... as many as processors
+    python benchmarks/threads.py --folder /dev/shm        files in memory
+    python benchmarks/threads.py --kinds affine best --threads 1 2 --layers 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import formats
+import make_checkpoint
+
+import requant
+
+_CONVERT = """
+import json, sys, time
+import requant
+source, output, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+requant.plan(source, layout="keep", **{k: v for k, v in options.items() if k != "threads"})
+began, cpu = time.perf_counter(), time.process_time()
+report = requant.convert(source, output, layout="keep", **options)
+print(time.perf_counter() - began, time.process_time() - cpu)
+"""
+_COPY = """
+import os, sys, threading, time
+source, output, threads, nbytes = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+STEP = 1 << 20
+sizes = [(e.path, e.stat().st_size) for e in os.scandir(source) if e.name.endswith(".safetensors")]
+total = sum(size for _, size in sizes)
+jobs = iter([(path, at) for path, size in sizes for at in range(0, size, STEP)])
+share, lock = nbytes / total, threading.Lock()
+target = os.open(output, os.O_RDWR | os.O_CREAT, 0o666)
+os.ftruncate(target, nbytes)
+files, done = {path: os.open(path, os.O_RDONLY) for path, _ in sizes}, [0]
+def work():
+    block = memoryview(bytearray(STEP))
+    while True:
+        with lock:
+            path, at = next(jobs, (None, 0))
+            first = done[0]
+            done[0] += STEP
+        if path is None:
+            return
+        os.preadv(files[path], [block], at)
+        start, stop = int(first * share), int((first + STEP) * share)
+        os.pwrite(target, block[: stop - start], start)
+began, cpu = time.perf_counter(), time.process_time()
+workers = [threading.Thread(target=work) for _ in range(threads)]
+[worker.start() for worker in workers]
+[worker.join() for worker in workers]
+os.fsync(target)
+print(time.perf_counter() - began, time.process_time() - cpu)
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of work: the source, how it is made from a number of layers, and the options."""
+
+    source: str
+    make: Callable[[Path, int], object]
+    options: dict[str, object]
+
+
+def bfloat16(folder: Path, layers: int) -> None:
+    """A Llama of the shape of 1 B parameters, if it has 16 layers."""
+    stored = make_checkpoint.stored(make_checkpoint.llama_shapes(layers), fp8=False)
+    make_checkpoint.write(folder, stored, 1 << 30, layers)
+
+
+def float8(folder: Path, layers: int) -> None:
+    """The same in DeepSeek's FP8."""
+    stored = make_checkpoint.stored(make_checkpoint.llama_shapes(layers), fp8=True)
+    make_checkpoint.write(folder, stored, 1 << 30, layers)
+
+
+def awq(folder: Path, layers: int) -> None:
+    """Layers of a Llama of 7 B parameters, each about twice as many as those of the others."""
+    formats.write(folder, formats.KINDS["awq"], max(layers // 2, 1))
+
+
+KINDS = {
+    "affine": Kind("bf16", bfloat16, {"bits": 4}),
+    "mxfp4": Kind("bf16", bfloat16, {"mode": "mxfp4"}),
+    "nvfp4": Kind("bf16", bfloat16, {"mode": "nvfp4"}),
+    "best": Kind(
+        "small", lambda folder, n: bfloat16(folder, n // 8), {"bits": 4, "search": "best"}
+    ),
+    "awq": Kind("awq", awq, {}),
+    "fp8": Kind("fp8", float8, {"bits": 4}),
+}
+
+
+def weights_in(folder: Path) -> int:
+    """Bytes of the weight files of a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def timed(code: str, *arguments: object) -> tuple[float, float]:
+    """Seconds, and seconds of processor time, that a child reports."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"a child failed: {done.returncode}")
+    wall, cpu = map(float, done.stdout.split())
+    return wall, cpu
+
+
+def remove(path: Path) -> None:
+    """Remove what a run wrote."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def table(runs: dict[int, list[tuple[float, float]]], nbytes: int, name: str) -> None:
+    """Print a row: GB/s of the source with one thread, then ratios; processor time in brackets."""
+    walls = {threads: statistics.median(wall for wall, _ in each) for threads, each in runs.items()}
+    cpus = {threads: statistics.median(cpu for _, cpu in each) for threads, each in runs.items()}
+    first = next(iter(walls))
+    ratios = "".join(
+        f"{walls[first] / wall:8.2f} ({cpus[threads] / cpus[first]:4.2f})"
+        for threads, wall in walls.items()
+    )
+    print(f"{name:8}{nbytes / 1e9:7.2f}{nbytes / 1e9 / walls[first]:8.2f}{ratios}", flush=True)
+
+
+def main() -> None:
+    """Make the sources, run, and print the table."""
+    processors = len(os.sched_getaffinity(0))
+    powers = [1 << n for n in range(processors.bit_length()) if 1 << n <= processors]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--threads", type=int, nargs="+", default=powers)
+    parser.add_argument("--layers", type=int, default=16, help="16: 2.1 GB of bfloat16")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to work")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as place:
+        output = Path(place) / "out"
+        print(
+            f"requant {requant.__version__}, {processors} processors, load {os.getloadavg()[0]:.1f}"
+        )
+        print(f"{'':8}{'GB':>7}{'GB/s':>8}", end="")
+        print("".join(f"{threads:8} ( CPU)" for threads in args.threads))
+        sizes: dict[str, int] = {}
+        for name in args.kinds:
+            kind = KINDS[name]
+            source = Path(place) / kind.source
+            if not source.exists():
+                kind.make(source, args.layers)
+                os.sync()
+            runs: dict[int, list[tuple[float, float]]] = {threads: [] for threads in args.threads}
+            for _ in range(args.runs):
+                for threads in args.threads:
+                    options = json.dumps({**kind.options, "threads": threads})
+                    runs[threads].append(timed(_CONVERT, source, output, options))
+                    sizes.setdefault(name, weights_in(output))
+                    remove(output)
+            table(runs, weights_in(source), name)
+        source = Path(place) / KINDS[args.kinds[0]].source
+        runs = {threads: [] for threads in args.threads}
+        for _ in range(args.runs):
+            for threads in args.threads:
+                runs[threads].append(timed(_COPY, source, output, threads, sizes[args.kinds[0]]))
+                remove(output)
+        table(runs, weights_in(source), "copy")
+
+
+if __name__ == "__main__":
+    main()
