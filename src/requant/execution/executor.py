@@ -96,8 +96,9 @@ class _Run:
     ) -> None:
         self.plan, self.source, self.reader = plan, source, reader
         self.sink, self.limits = sink, limits
-        self.bytes_in = plan.bytes_in
         self.progress_log: ProgressLog | None = sink.progress_log
+        order = range(len(plan.steps)) if self.progress_log is None else self.progress_log.order
+        self.bytes_in = sum(plan.steps[number].bytes_in for number in order)
         self.chunks = remaining_chunks(plan.steps, limits, self.progress_log)
         self.lock = threading.Lock()
         self.error: BaseException | None = None
