@@ -52,7 +52,7 @@ def join(
 
     Raises:
         OutputError: There are no parts, they are of different conversions, or one is still running.
-        CheckpointError: Every problem of the source. What the parts did is kept.
+        CheckpointError: Every problem of the source.
 
     Example:
         >>> requant.join("output")  # doctest: +SKIP
@@ -82,9 +82,8 @@ def join(
         opened = start_source(named, remote, folder, options, run)
         planned, result = convert_whole(opened, folder, options, run)
     except OutputError:
-        # Where a file system has no locks, another process may have joined the parts meanwhile.
-        if staging.path.exists() or not _is_complete(folder, command["plan"]):
-            raise
+        if not _is_complete(folder, command["plan"]):
+            raise  # no other process has joined the parts meanwhile
         return None
     planned = planned._replace(plan=replace(planned.plan, source=named))
     return report_of(planned, folder, result, began, run)

@@ -49,17 +49,21 @@ def join_command(
     source: Source, remote: Repository | None, options: ConvertOptions, run: RunOptions
 ) -> dict[str, Any]:
     """What ``join`` repeats the plan from, as JSON data; paths are absolute."""
-    paths = {
-        name: str(Path(value).absolute())
-        for name in ("config_from", "statistics")
-        if (value := getattr(options, name)) is not None
-    }
+    here = replace(
+        options,
+        config_from=_absolute(options.config_from),
+        statistics=_absolute(options.statistics),
+    )
     return {
         "source": str(source) if remote is not None else str(Path(source).absolute()),
         "revision": None if remote is None else remote.commit,
-        "options": replace(options, **paths).to_dict(),
+        "options": here.to_dict(),
         "force": run.force,
     }
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
 
 
 def read_join_command(

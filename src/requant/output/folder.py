@@ -8,6 +8,7 @@ the weights, and ``JournaledProgress`` records what is done.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -167,7 +168,7 @@ class OutputFolder:
         try:
             hashes = self.progress_log.finish()
             self.progress_log.journal.close()
-            self._files.finish()
+            self._check_staged()
             files = {
                 INDEX: self._write_file(INDEX, encode_json(self.plan.index())),
                 CONFIG: self._write_file(CONFIG, encode_json(dict(self.plan.config))),
@@ -177,11 +178,25 @@ class OutputFolder:
                 self.plan, self._plan_hash, self.options, hashes, files, errors=errors
             )
             self._write_file(RECORD, encode_json(record))
+            self._check_staged()
+            self._files.finish()
             self.staging.name_output()
         except OSError as error:
             if isinstance(error, OutputError):
                 raise
             raise write_error(self.output, error) from error
+
+    def _check_staged(self) -> None:
+        """Check that the files are still in the hidden folder.
+
+        Where a file system has no locks, another process may have published them.
+        """
+        if not self._files.are_in_place():
+            raise OutputError(
+                f"{self.output}: {self.staging.staged_output} was moved or changed by another "
+                "process; look whether the output is complete: requant verify "
+                f"{shlex.quote(str(self.output))}"
+            )
 
     def _copy_side_file(self, name: str) -> str:
         """Copy a file of the source, or generate it; returns its hash."""

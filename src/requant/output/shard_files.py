@@ -66,6 +66,17 @@ class ShardFiles:
                 os.ftruncate(fd, shard.nbytes)
             os.pwrite(fd, shard.header(), 0)
 
+    def are_in_place(self) -> bool:
+        """Whether the files that are open still have their names."""
+        for name, fd in self._fds.items():
+            try:
+                named, opened = os.lstat(self._folder / name), os.fstat(fd)
+            except FileNotFoundError:
+                return False
+            if not os.path.samestat(named, opened):
+                return False
+        return True
+
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Write ``data`` at an absolute offset of a shard; thread-safe."""
         try:

@@ -128,7 +128,7 @@ class Report:
             "format": plan.format,
             "layout": plan.layout,
             "loads": plan.loads,
-            "plan_hash": plan.hash,
+            "plan_hash": plan.hash if self.part is None else "",
             "parameters": plan.parameters,
             "bytes_in": plan.bytes_in,
             "bytes_out": plan.bytes_out,
