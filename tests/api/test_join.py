@@ -96,7 +96,7 @@ def test_what_a_part_has_done_is_not_done_again(tmp_path: Path, monkeypatch: Mon
 
 
 def test_a_conversion_without_parts_takes_over(tmp_path: Path) -> None:
-    """And the other way round: a part goes on from a conversion that was stopped."""
+    """What the parts have done is not lost."""
     requant.convert(MICRO_LLAMA, tmp_path / "one", **KEEP_4_BITS)
     run_parts(MICRO_LLAMA, tmp_path / "out", ["2/2"], **KEEP_4_BITS)
     requant.convert(MICRO_LLAMA, tmp_path / "out", **KEEP_4_BITS)
@@ -161,7 +161,7 @@ def test_a_source_that_changed_is_rejected(tmp_path: Path) -> None:
     assert staging_dir(tmp_path / "out").is_dir()
 
 
-def test_values_that_are_no_numbers_are_named_by_part(
+def test_nonfinite_values_are_named_by_the_part(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     bad = bf16(64, 128)

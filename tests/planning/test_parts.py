@@ -95,6 +95,6 @@ def test_the_report_of_a_part_is_of_its_layers(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1/0", "1", "a/b", "1/2/3", "-1/2", "1/99999", 3])
-def test_a_part_that_is_none(text: object) -> None:
+def test_no_such_part(text: object) -> None:
     with pytest.raises(UsageError, match="--part"):
         Part.parse(text)

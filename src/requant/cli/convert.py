@@ -112,16 +112,16 @@ def join(
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
-    """Complete an OUTPUT of which parts were written by convert --part.
+    """Complete an OUTPUT that convert --part began.
 
     Checks that all parts are of one conversion, does what is missing, and publishes OUTPUT
     under its name. Parts may have run in any order, twice, or not at all: the result has the
     same bytes as a conversion by one process. Stopped, the same command resumes.
 
     \b
-    Example:
-      requant convert Llama-3.2-1B /shared/out --bits 4 --part 1/2    (one machine)
-      requant convert Llama-3.2-1B /shared/out --bits 4 --part 2/2    (another one)
+    Examples:
+      requant convert Llama-3.2-1B /shared/out --bits 4 --part 1/2
+      requant convert Llama-3.2-1B /shared/out --bits 4 --part 2/2
       requant join /shared/out
     """  # noqa: D301
     from requant.api import join as joining
