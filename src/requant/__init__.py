@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from requant.api.compare import Comparison, compare
     from requant.api.convert import convert, plan
     from requant.api.inspect import Inspection, inspect
+    from requant.api.join import join
     from requant.api.upload import upload
     from requant.api.verify import Verification, verify
     from requant.calibration.block_run import Calibration, calibrate
@@ -90,6 +91,7 @@ __all__ = [
     "default_eligible",
     "dequantize_weights",
     "inspect",
+    "join",
     "parse_quantization",
     "plan",
     "quantize_weights",
@@ -115,6 +117,7 @@ _DEFINED_IN = {
         "Inspection",
         "inspect",
     ),
+    "api.join": ("join",),
     "api.upload": ("upload",),
     "api.verify": (
         "Verification",

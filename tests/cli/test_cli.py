@@ -62,6 +62,7 @@ def test_plan_takes_every_option_of_convert(requant: Requant) -> None:
         "--branch",
         "--consume-source",
         "--no-resume",
+        "--part",
         "--private",
         "--pull-request",
         "--upload",

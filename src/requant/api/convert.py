@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
+from requant.api.parts import check_part, join_command
 from requant.bit_allocation.choose import allocate_bits
 from requant.bit_allocation.measurements import measurements_path
 from requant.checkpoints.checkpoint import Checkpoint
@@ -19,10 +21,12 @@ from requant.checkpoints.folder_files import is_gguf
 from requant.core.reasons import Note, NoteCode
 from requant.core.types import Source
 from requant.errors import CheckpointError, OutputError, UsageError
+from requant.execution.layer_stats import RunResult
 from requant.execution.runner import options_for_retry, run_once
 from requant.execution.sink import NullSink
 from requant.libraries.load_check import LoadCheck, check_load
 from requant.output.folder import OutputFolder
+from requant.output.part_folder import PartFolder
 from requant.output.preflight import check_output
 from requant.output.staging import (
     bytes_on_disk,
@@ -32,8 +36,9 @@ from requant.output.staging import (
     staged_bytes,
     staging_dir,
 )
+from requant.planning.parts import part_of
 from requant.planning.plan import Plan
-from requant.planning.planner import make_plan, plan_with_source
+from requant.planning.planner import Planned, make_plan, plan_with_source
 from requant.planning.release_order import peak_disk_bytes
 from requant.quantization.config import Quantization
 from requant.quantization.option_signatures import read_arguments, takes_options
@@ -129,8 +134,10 @@ def convert(
     folder = Path(output)
     remote = find_repository(source, run.revision, options.vision_part)
     _check_consume_source(source, folder, remote, options, run)
+    if run.part is not None:
+        check_part(options, run)
 
-    opened = Path(source) if remote is None else _start_download(remote, folder, options, run)
+    opened = start_source(source, remote, folder, options, run)
     if options.budget is not None:
         keep = measurements_path(folder) if run.resume else None
         options = allocate_bits(
@@ -145,12 +152,31 @@ def convert(
     elif run.allow_nonfinite and run.resume:
         options = replace(options, nonfinite_layers=frozenset(recorded_nonfinite_layers(folder)))
 
+    if run.part is not None:
+        command = join_command(source, remote, options, run)
+        planned, result = convert_part(opened, folder, options, run, command)
+    else:
+        planned, result = convert_whole(opened, folder, options, run, stubs)
+
+    if options.budget is not None:
+        measurements_path(folder).unlink(missing_ok=True)
+    return report_of(planned, folder, result, began, run)
+
+
+def convert_whole(
+    opened: Path | Checkpoint,
+    output: Path,
+    options: ConvertOptions,
+    run: RunOptions,
+    stubs: Path | None = None,
+) -> tuple[Planned, RunResult]:
+    """Plan, run and publish; again without the layers that hold NaN or Inf, if that is allowed."""
     while True:
         planned = plan_with_source(_checkpoint(opened, options, stubs), options)
         with OutputFolder(
             planned.plan,
             planned.source.opened,
-            folder,
+            output,
             run.force,
             resume=run.resume,
             options=options.to_dict(),
@@ -159,16 +185,44 @@ def convert(
             attempt = run_once(planned, sink, options, run)
             if not attempt.problems:
                 sink.publish(layer_errors(planned.plan, attempt.result))
-                break
+                return planned, attempt.result
         # Left without an error and unpublished, the folder has deleted its staging files.
         options = options_for_retry(planned.plan, attempt, options, run)
 
-    if options.budget is not None:
-        measurements_path(folder).unlink(missing_ok=True)
-    elapsed_s = time.perf_counter() - began
-    report = Report.build(planned.plan, str(output), attempt.result, elapsed_s)
+
+def convert_part(
+    opened: Path | Checkpoint,
+    output: Path,
+    options: ConvertOptions,
+    run: RunOptions,
+    command: Mapping[str, Any],
+) -> tuple[Planned, RunResult]:
+    """Plan and run one part; returns the part of the plan.
+
+    Raises:
+        CheckpointError: Layers of the part hold NaN or Inf; the other parts are as they were.
+    """
+    assert run.part is not None
+    planned = plan_with_source(_checkpoint(opened, options), options)
+    with PartFolder(
+        planned.plan, planned.source.opened, output, run.part, command, run.force
+    ) as sink:
+        attempt = run_once(planned, sink, options, run)
+        if attempt.problems:
+            raise CheckpointError(planned.plan.source, list(attempt.problems))
+        sink.finish()
+    return planned._replace(plan=part_of(planned.plan, sink.steps)), attempt.result
+
+
+def report_of(
+    planned: Planned, output: Path, result: RunResult, began: float, run: RunOptions
+) -> Report:
+    """The report of a run that ``began`` at a time of ``perf_counter``."""
+    report = Report.build(planned.plan, str(output), result, time.perf_counter() - began)
+    if run.part is not None:
+        return replace(report, part=run.part)
     if run.verify_load:
-        report = replace(report, load=_load_output(folder, planned.plan))
+        report = replace(report, load=_load_output(output, planned.plan))
     return report
 
 
@@ -236,10 +290,19 @@ def _checkpoint(
     return as_checkpoint(opened, options.config_from, stubs, options.vision_part)
 
 
-def _start_download(
-    remote: Repository, output: Path, options: ConvertOptions, run: RunOptions
-) -> Checkpoint:
-    """Check the headers of a source on the hub and the output, and start the download."""
+def start_source(
+    source: Source,
+    remote: Repository | None,
+    output: Path,
+    options: ConvertOptions,
+    run: RunOptions,
+) -> Path | Checkpoint:
+    """The source of a conversion: a path, or a repository whose download starts.
+
+    Of a repository the headers and the output are checked first.
+    """
+    if remote is None:
+        return Path(source)
     area = downloads_dir(output) if run.consume_source else None
     checkpoint = as_checkpoint(remote.read_headers(options.config_from), options.config_from)
     plan, spent = make_plan(checkpoint, options), staged_bytes(output)

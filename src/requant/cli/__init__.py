@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from requant.cli.convert import calibrate, convert, generate, plan
+from requant.cli.convert import calibrate, convert, generate, join, plan
 from requant.cli.error_handling import EXIT_TERMINATED
 from requant.cli.inspect import compare, inspect, recipes, report, verify
 from requant.cli.upload import upload
@@ -59,7 +59,7 @@ def _global_options(
 
 
 # In the order of the help.
-_COMMANDS: list[Callable[..., None]] = [convert, plan, inspect, verify, compare]
+_COMMANDS: list[Callable[..., None]] = [convert, plan, inspect, verify, compare, join]
 _COMMANDS += [calibrate, report, upload, generate, recipes]
 for _command in _COMMANDS:
     app.command()(_command)

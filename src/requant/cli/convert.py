@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from requant.cli import options as arg
 from requant.cli.error_handling import handle_errors, print_json, print_stderr
@@ -12,6 +12,9 @@ from requant.cli.progress import counting_display, progress_display
 from requant.cli.upload import send
 from requant.errors import UsageError
 from requant.text import escape_control_chars
+
+if TYPE_CHECKING:
+    from requant.reports.report import Report
 
 
 @with_options(*options_of_command("convert"))
@@ -48,13 +51,13 @@ def convert(
       requant convert Llama-3.2-1B-Q4_K_M.gguf out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
       requant convert Llama-3.2-1B out --bits 4 --upload mlx-community/ --dry-run
+      requant convert Kimi-K2 /shared/out --bits 4 --part 3/8
 
     SOURCE may be a repository on the hub; it is downloaded once its headers hold no problem.
     Stopped (Ctrl-C, kill, a full disk), the same command resumes where it was.
     """  # noqa: D301
     from requant.api import convert as conversion
     from requant.api import upload as publishing
-    from requant.cli import plan_tables
 
     uploading: TableOptions = {"private": private, "branch": branch, "pull_request": pull_request}
     with handle_errors():
@@ -63,6 +66,8 @@ def convert(
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} is for an upload: add --upload ORG/NAME")
         publishing.check_branch(branch, pull_request)
+        if upload_to is not None and options["part"] is not None:
+            raise UsageError("--part writes no whole OUTPUT: requant upload OUTPUT after the join")
         if options["yes"] and not options["consume_source"]:
             raise UsageError("--yes confirms --consume-source: add that")
     uploading["force"] = force = options["force"]
@@ -82,13 +87,52 @@ def convert(
     if upload_to is not None:
         send(output, upload_to, uploading, quiet=quiet, resumes=False)
     with handle_errors():
-        if json:
-            print_json(report.to_dict())
+        _show_result(report, json, quiet)
+
+
+def _show_result(report: Report, json: bool, quiet: bool) -> None:
+    """Print the report of a conversion."""
+    from requant.cli import plan_tables
+
+    if json:
+        print_json(report.to_dict())
+    elif not quiet:
+        plan_tables.show_report(report)
+    if json or quiet:
+        for warning in plan_tables.warnings(report):
+            print_stderr(f"warning: {warning}")
+
+
+@with_options("force", "verify_load", "max_memory", "threads")
+def join(
+    output: arg.Begun,
+    *,
+    source: arg.MovedSource = None,
+    options: TableOptions,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
+) -> None:
+    """Complete an OUTPUT that convert --part began.
+
+    Checks that all parts are of one conversion, does what is missing, and publishes OUTPUT
+    under its name. Parts may have run in any order, twice, or not at all: the result has the
+    same bytes as a conversion by one process. Stopped, the same command resumes.
+
+    \b
+    Examples:
+      requant convert Llama-3.2-1B /shared/out --bits 4 --part 1/2
+      requant convert Llama-3.2-1B /shared/out --bits 4 --part 2/2
+      requant join /shared/out
+    """  # noqa: D301
+    from requant.api import join as joining
+
+    with handle_errors(), progress_display(quiet) as progress:
+        report = joining.join(output, source=source, **options, progress=progress)
+    with handle_errors():
+        if report is not None:
+            _show_result(report, json, quiet)
         elif not quiet:
-            plan_tables.show_report(report)
-        if json or quiet:
-            for warning in plan_tables.warnings(report):
-                print_stderr(f"warning: {warning}")
+            print_stderr(f"{output} is complete already")
 
 
 @with_options(*options_of_command("plan"))

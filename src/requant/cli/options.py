@@ -160,6 +160,7 @@ _LOAD = (
 Source = Annotated[Path, _argument("SOURCE", _SOURCE)]
 Output = Annotated[Path, _argument("OUTPUT", "Folder to write; appears when complete.")]
 Written = Annotated[Path, _argument("OUTPUT", "Folder that convert wrote.")]
+Begun = Annotated[Path, _argument("OUTPUT", "The folder that was given to the parts.")]
 Verified = Annotated[Path | None, _argument("SOURCE", "The source of OUTPUT; may be left out.")]
 AgainstSource = Annotated[Path | None, _argument("OUTPUT", "Folder to check.")]
 ModelA = Annotated[Path, _argument("A", "Folder or GGUF file of the reference model.")]
@@ -183,6 +184,10 @@ ReplaceCard = Annotated[
 ]
 BaseModel = Annotated[
     str | None, _value("--base-model", "ID", "Source on the hub, for the model card.")
+]
+MovedSource = Annotated[
+    Path | None,
+    _value("--source", "SOURCE", "Where SOURCE is here, if not where the parts have found it."),
 ]
 Load = Annotated[bool, typer.Option("--load", help=_LOAD)]
 Html = Annotated[Path | None, _value("--html", "FILE", "Write one self-contained page.")]

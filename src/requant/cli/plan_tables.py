@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from requant.execution.resources import ResourceLimits
     from requant.libraries.load_check import LoadCheck
     from requant.planning.plan import LayerPlan, Plan
+    from requant.quantization.part import Part
     from requant.reports.report import LayerError, LayerGroup, Report
 
 _REASON_LINES = 10
@@ -54,7 +56,8 @@ def show_plan(
 def show_report(report: Report) -> None:
     """Print what a conversion did, and what to type next."""
     page, plan = TablePrinter(), report.plan
-    page.line(f"{_title(plan)} -> {report.output}", "bold")
+    part = "" if report.part is None else f", part {report.part}"
+    page.line(f"{_title(plan)} -> {report.output}{part}", "bold")
     _show_layers(page, plan)
     for warning in warnings(report):
         page.line(f"warning: {warning}", "yellow")
@@ -65,10 +68,20 @@ def show_report(report: Report) -> None:
     nbytes = report.bytes_downloaded
     downloaded = f", {format_size(nbytes)} downloaded" if nbytes else ""
     page.line(f"{_sizes(plan)}, {format_seconds(report.elapsed_s)}, {rate}/s{downloaded}")
+    if report.part is not None:
+        page.line(_next_of_part(report.part, report.output))
+        return
     if report.load is not None:
         page.line(describe_load(report.load))
     if command := command_of(plan, report.output):
         page.line(f"next: {command}")
+
+
+def _next_of_part(part: Part, output: str) -> str:
+    """What to type after a part."""
+    if part.count == 1:
+        return f"next: requant join {shlex.quote(output)}"
+    return f"next, when all {part.count} parts are done: requant join {shlex.quote(output)}"
 
 
 def describe_load(load: LoadCheck) -> str:

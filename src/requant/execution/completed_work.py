@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from requant.execution.layer_stats import LayerStats
 
@@ -29,6 +29,11 @@ class CompletedWork:
     hashes: dict[str, str] = field(default_factory=dict)
     # Source files that were removed after all that needed them was durable.
     deleted_sources: list[str] = field(default_factory=list)
+    # Whether a run has done all that it was for.
+    is_finished: bool = False
+
+    # The last line of the journal of a part.
+    FINISHED: ClassVar[Mapping[str, Any]] = {"finished": True}
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Add a line of a journal."""
@@ -40,6 +45,8 @@ class CompletedWork:
             self.hashes[name] = digest
         elif "deleted_source" in line:
             self.deleted_sources.append(line["deleted_source"])
+        elif line == self.FINISHED:
+            self.is_finished = True
 
     def _add_rows(self, step: int, borders: list[int], found: Mapping[str, Any] | None) -> None:
         merged = self.rows.get(step, ())

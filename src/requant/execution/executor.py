@@ -99,8 +99,9 @@ class _Run:
     ) -> None:
         self.plan, self.source, self.reader = plan, source, reader
         self.sink, self.limits = sink, limits
-        self.bytes_in = plan.bytes_in
         self.progress_log: ProgressLog | None = sink.progress_log
+        order = range(len(plan.steps)) if self.progress_log is None else self.progress_log.order
+        self.bytes_in = sum(plan.steps[number].bytes_in for number in order)
         self.units = remaining_units(plan.steps, limits, self.progress_log)
         shards = sink.shards
         self.direct = None if shards is None else DirectRows(reader, shards, limits.block_bytes)

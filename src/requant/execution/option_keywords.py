@@ -119,6 +119,10 @@ class _OfConvert(TypedDict, total=False):
     """Must be true with ``consume_source``, but for the hub: nothing can be verified against the
     source afterwards.
     """
+    part: str | None
+    """The part of the plan to run, as "3/8"; others may run at the same time on other machines
+    that share the folder of OUTPUT. ``join`` then completes it.
+    """
     verify_load: bool
     """Load the finished output as ``verify(output, load=True)`` does; an output that does not
     load or gives values that are not finite is an error, and stays.

@@ -8,7 +8,8 @@ the weights, and ``JournaledProgress`` records what is done.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from requant.core.files import fsync, open_regular
 from requant.errors import InvariantError, OutputError
 from requant.execution.completed_work import CompletedWork
 from requant.output.journal import Journal, read_journal
+from requant.output.part_journals import add_run, read_command, read_part_journals
 from requant.output.preflight import check_output
 from requant.output.progress import JournaledProgress
 from requant.output.record import build_record, encode_json, version
@@ -97,8 +99,11 @@ class OutputFolder:
 
     def _open(self) -> None:
         self._plan_hash = self.plan.hash
-        head = self._journal_header()
+        found = self.options.get("nonfinite_layers", ())
+        head = journal_header(self.plan, self.source, self._plan_hash, found)
         before, done = read_journal(self.staging.journal)
+        if not before and (command := read_command(self.staging.parts)) is not None:
+            before = {**head, **{key: command.get(key) for key in ("requant", "plan")}}
         deleted = done.deleted_sources
         if deleted and not (self.resume and self._removal):
             raise OutputError(
@@ -109,7 +114,7 @@ class OutputFolder:
         if before and self.resume:
             for name in deleted:
                 head["sources"].setdefault(name, before["sources"].get(name))
-            changed = _describe_change(before, head)
+            changed = describe_change(before, head)
             if changed:
                 raise OutputError(
                     f"{self.output}: a conversion that was stopped is kept in "
@@ -123,7 +128,9 @@ class OutputFolder:
                 "that it was made from are deleted: nothing can be made whole here. It is left as "
                 "it is"
             )
-        if not self.resumed:
+        if self.resumed:
+            add_run(done, read_part_journals(self.staging.parts, head).done)
+        else:
             done = CompletedWork()
             self.staging.clear()
             self._files.create()
@@ -131,23 +138,6 @@ class OutputFolder:
         self._progress = JournaledProgress(self.plan, self._journal, self._files, self._removal)
         if self._removal is not None:
             self._removal.start(self._journal)
-
-    def _journal_header(self) -> dict[str, Any]:
-        """The values that must be equal for a run to resume another."""
-        return {
-            "requant": version(),
-            "plan": self._plan_hash,
-            "sources": self._file_stamps(),
-            "nonfinite_layers": sorted(self.options.get("nonfinite_layers", ())),
-        }
-
-    def _file_stamps(self) -> dict[str, Any]:
-        """Values that differ when a source file was changed, found without reading it."""
-        if self.plan.repository is not None:
-            return {f.name: [f.nbytes, *self.plan.repository] for f in self.plan.files}
-        paths = {f.name: self.source.path / f.name for f in self.plan.files}
-        stats = {name: path.stat() for name, path in paths.items() if path.exists()}
-        return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
 
     def _sync(self) -> None:
         self._files.sync_data()
@@ -183,7 +173,7 @@ class OutputFolder:
         try:
             hashes = self.progress_log.finish()
             self.progress_log.journal.close()
-            self._files.finish()
+            self._check_staged()
             files = {
                 INDEX: self._write_file(INDEX, encode_json(self.plan.index())),
                 CONFIG: self._write_file(CONFIG, encode_json(dict(self.plan.config))),
@@ -193,11 +183,25 @@ class OutputFolder:
                 self.plan, self._plan_hash, self.options, hashes, files, errors=errors
             )
             self._write_file(RECORD, encode_json(record))
+            self._check_staged()
+            self._files.finish()
             self.staging.name_output()
         except OSError as error:
             if isinstance(error, OutputError):
                 raise
             raise write_error(self.output, error) from error
+
+    def _check_staged(self) -> None:
+        """Check that the files are still in the hidden folder.
+
+        Where a file system has no locks, another process may have published them.
+        """
+        if not self._files.are_in_place():
+            raise OutputError(
+                f"{self.output}: {self.staging.staged_output} was moved or changed by another "
+                "process; look whether the output is complete: requant verify "
+                f"{shlex.quote(str(self.output))}"
+            )
 
     def _copy_side_file(self, name: str) -> str:
         """Copy a file of the source, or generate it; returns its hash."""
@@ -249,7 +253,7 @@ class OutputFolder:
         if bytes_on_disk(self.staging.downloads) > 0:
             return True
         if self._journal is None:
-            return self.staging.journal.exists()
+            return self.staging.journal.exists() or self.staging.parts.exists()
         return bool(self._journal.state.rows)
 
     def _has_only_copy(self) -> bool:
@@ -259,7 +263,28 @@ class OutputFolder:
         return bool(self._journal.state.deleted_sources) and self.staging.staged_output.exists()
 
 
-def _describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def journal_header(
+    plan: Plan, source: OpenedSource, plan_hash: str, nonfinite_layers: Iterable[str]
+) -> dict[str, Any]:
+    """The values that must be equal for a run to resume another."""
+    return {
+        "requant": version(),
+        "plan": plan_hash,
+        "sources": _file_stamps(plan, source),
+        "nonfinite_layers": sorted(nonfinite_layers),
+    }
+
+
+def _file_stamps(plan: Plan, source: OpenedSource) -> dict[str, Any]:
+    """Values that differ when a source file was changed, found without reading it."""
+    if plan.repository is not None:
+        return {f.name: [f.nbytes, *plan.repository] for f in plan.files}
+    paths = {f.name: source.path / f.name for f in plan.files}
+    stats = {name: path.stat() for name, path in paths.items() if path.exists()}
+    return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+
+
+def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The difference between two runs, in words; "" for none."""
     if before.get("requant") != now["requant"]:
         return f"requant is {now['requant']}, it was {before.get('requant')}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from requant.execution.completed_work import CompletedWork
 from requant.execution.layer_stats import LayerStats
@@ -17,18 +17,32 @@ from requant.planning.plan import OutputTensor, Plan
 class JournaledProgress:
     """The ``ProgressLog`` of an output: counts rows that are done, hashes complete tensors.
 
-    ``removal`` deletes source files that nothing else needs; None keeps them all.
+    ``removal`` deletes source files that nothing else needs; None keeps them all. ``steps`` are the
+    numbers of the steps to run; None for all.
     """
 
     def __init__(
-        self, plan: Plan, journal: Journal, files: ShardFiles, removal: SourceRemoval | None
+        self,
+        plan: Plan,
+        journal: Journal,
+        files: ShardFiles,
+        removal: SourceRemoval | None = None,
+        steps: Sequence[int] | None = None,
     ) -> None:
         self.journal = journal
         self._plan, self._files, self._removal = plan, files, removal
-        self._tensors = {t.name: t for shard in plan.shards for t in shard.tensors}
+        self._steps = range(len(plan.steps)) if steps is None else steps
+        written = None if steps is None else set(_output_names(plan, steps))
+        self._tensors = {
+            t.name: t
+            for shard in plan.shards
+            for t in shard.tensors
+            if written is None or t.name in written
+        }
         self._rows_left = Counter[str]()
         self._counting = threading.Lock()
-        for number, step in enumerate(plan.steps):
+        for number in self._steps:
+            step = plan.steps[number]
             remaining = self.state.remaining(number, step.rows.count)
             left = sum(stop - start for start, stop in remaining)
             for out in step.outputs.values():
@@ -46,7 +60,7 @@ class JournaledProgress:
         """The order of the plan, or one in which source files are free early."""
         if self._removal is not None:
             return self._removal.release.order
-        return range(len(self._plan.steps))
+        return self._steps
 
     def mark_done(self, step: int, start: int, stop: int, found: LayerStats) -> Sequence[str]:
         """Note a range of rows; hash the tensors, delete the source files that are done."""
@@ -75,9 +89,15 @@ class JournaledProgress:
     def share(self) -> float:
         """The share of the work that is done, from 0 to 1."""
         steps = self._plan.steps
-        total = sum(step.rows.count * step.rows.columns for step in steps)
-        done = sum(self.state.done_rows(n) * steps[n].rows.columns for n in self.state.rows)
+        total = sum(steps[n].rows.count * steps[n].rows.columns for n in self._steps)
+        done = sum(self.state.done_rows(n) * steps[n].rows.columns for n in self._steps)
         return done / total if total else 1.0
 
     def _hash(self, tensor: OutputTensor) -> None:
         self.journal.add({"hash": [tensor.name, self._files.hash(tensor)]})
+
+
+def _output_names(plan: Plan, steps: Sequence[int]) -> Iterator[str]:
+    for number in steps:
+        for out in plan.steps[number].outputs.values():
+            yield out.name

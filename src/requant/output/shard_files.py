@@ -47,6 +47,36 @@ class ShardFiles:
             os.ftruncate(fd, shard.nbytes)
             os.pwrite(fd, shard.header(), 0)
 
+    def open_shared(self) -> None:
+        """Make the files, or open those that another process made; no byte of theirs is changed.
+
+        Raises:
+            OutputError: A file has another size than the plan's.
+        """
+        for shard in self._shards:
+            path = self._folder / shard.name
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            self._fds[shard.name] = fd
+            size = os.fstat(fd).st_size
+            if size > shard.nbytes:
+                raise OutputError(
+                    f"{path} has {size:,} bytes, the plan's has {shard.nbytes:,}: it was changed"
+                )
+            if size < shard.nbytes:
+                os.ftruncate(fd, shard.nbytes)
+            os.pwrite(fd, shard.header(), 0)
+
+    def are_in_place(self) -> bool:
+        """Whether the files that are open still have their names."""
+        for name, fd in self._fds.items():
+            try:
+                named, opened = os.lstat(self._folder / name), os.fstat(fd)
+            except FileNotFoundError:
+                return False
+            if not os.path.samestat(named, opened):
+                return False
+        return True
+
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Write ``data`` at an absolute offset of a shard; thread-safe."""
         try:

@@ -9,10 +9,16 @@ It is next to OUTPUT, so that the last rename is within one file system:
       replaced/  the folder that --force replaces, between two renames
       source/    with --consume-source: headers of the source's files, which are deleted one by one
       hub/       with --consume-source and a repository: its weight files, which come and go
+      parts/     with --part: the command that all parts share, and a journal for each run of a part
+
+The lock is exclusive for a conversion and for ``join``; parts share it. Where a file system has no
+locks (some of clusters have none), two processes write the same bytes to the same places, and the
+second of two renames finds the output complete.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -40,8 +46,14 @@ def downloads_dir(output: Path) -> Path:
     return staging_dir(output) / "hub"
 
 
-def lock_staging(staging: Path, output: Path) -> int:
+# What ``flock`` says on a file system without locks.
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
+
+
+def lock_staging(staging: Path, output: Path, *, shared: bool = False) -> int:
     """Make the folder and take its lock; the system gives it back when the process ends.
+
+    A ``shared`` lock is that of a part: others may have it too.
 
     Raises:
         OutputError: Another process has it.
@@ -55,14 +67,15 @@ def lock_staging(staging: Path, output: Path) -> int:
         except FileNotFoundError:  # the owner has just removed the folder
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.pread(fd, 200, 0).decode("utf-8", "replace") or "it does not say which"
-            os.close(fd)
-            raise OutputError(
-                f"{output} is being written by another process ({owner}); "
-                "wait for it, or name another folder"
-            ) from None
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                owner = os.pread(fd, 200, 0).decode("utf-8", "replace") or "it does not say which"
+                os.close(fd)
+                raise OutputError(
+                    f"{output} is being written by another process ({owner}); "
+                    "wait for it, or name another folder"
+                ) from None
         with suppress(FileNotFoundError):
             if (staging / "lock").stat().st_ino == os.fstat(fd).st_ino:
                 with suppress(OSError):  # who it is matters less than that it is locked
@@ -83,6 +96,7 @@ class StagingFolder:
         self.header_stubs = header_stubs_dir(output)
         self.downloads = downloads_dir(output)
         self.journal = self.path / "journal"
+        self.parts = self.path / "parts"
         self._lock: int | None = None
 
     @property
@@ -90,15 +104,15 @@ class StagingFolder:
         """Whether this process holds the lock."""
         return self._lock is not None
 
-    def lock(self) -> None:
+    def lock(self, *, shared: bool = False) -> None:
         """Make the folder, take its lock, and undo a replacement that a killed run left half done.
 
         Raises:
             OutputError: Another process has the lock.
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_staging(self.path, self.output)
-        if not self.replaced.exists():
+        self._lock = lock_staging(self.path, self.output, shared=shared)
+        if shared or not self.replaced.exists():
             return
         if self.output.exists():  # the second rename was done, the removal was not
             shutil.rmtree(self.replaced)
@@ -115,8 +129,9 @@ class StagingFolder:
         """Remove what an earlier run wrote, and make the folder in which the output grows."""
         for name in ("journal", "journal.new"):
             (self.path / name).unlink(missing_ok=True)
-        if self.staged_output.exists():
-            shutil.rmtree(self.staged_output)
+        for folder in (self.parts, self.staged_output):
+            if folder.exists():
+                shutil.rmtree(folder)
         self.staged_output.mkdir()
 
     def sync_names(self) -> None:

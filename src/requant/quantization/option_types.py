@@ -11,6 +11,7 @@ from requant.core.limits import MAX_INT
 from requant.errors import UnknownValueError, UsageError
 from requant.quantization.config import SKIP, Quantization, QuantMode
 from requant.quantization.modes import check_quantization
+from requant.quantization.part import Part
 from requant.quantization.recipe_files import load_recipe, recipe_from_dict, recipe_names
 from requant.quantization.recipes import Recipe
 from requant.quantization.size_budget import parse_budget, size_text
@@ -239,6 +240,13 @@ BUDGET = ValueType(
     parse=lambda value: parse_budget(value).text,
     from_json=_budget_from_json,
     metavar="SIZE",
+)
+PART = ValueType(
+    annotation="str",
+    expected="a part, as 1/8",
+    is_valid=lambda value: isinstance(value, Part),
+    parse=Part.parse,
+    metavar="NUMBER/COUNT",
 )
 LAYERS = ValueType(
     annotation="Iterable[str]",

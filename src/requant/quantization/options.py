@@ -21,6 +21,7 @@ from requant.quantization import option_types as types
 from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.modes import SEARCH_LEVELS, resolve_quantization
 from requant.quantization.option_table import Option, option, options_of
+from requant.quantization.part import Part
 from requant.quantization.recipes import Recipe
 from requant.text import join_first
 
@@ -324,6 +325,14 @@ class RunOptions:
         doc="Must be true with ``consume_source``, but for the hub: nothing can be verified "
         "against the source afterwards.",
         help="Confirm deletion of the source weights.",
+        functions=("convert",),
+    )
+    part: Part | None = option(
+        types.PART,
+        doc='The part of the plan to run, as "3/8"; others may run at the same time on other '
+        "machines that share the folder of OUTPUT. ``join`` then completes it.",
+        help="Run one part of the plan, as 3/8, in a folder that several machines share; `requant "
+        "join OUTPUT` then completes it.",
         functions=("convert",),
     )
     verify_load: bool = option(

@@ -15,6 +15,7 @@ from requant.execution.layer_stats import RunResult
 from requant.libraries.load_check import LoadCheck
 from requant.packings.base import Exactness
 from requant.planning.plan import LayerPlan, Plan, Treatment
+from requant.quantization.part import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class Report:
         errors: Layer to its quantization error, for each that was re-encoded.
         bytes_downloaded: Downloaded bytes of weight files of a source on the hub.
         load: How the output's library loads it; None without ``verify_load``.
+        part: The part of the plan that was run, and of which the plan is; None for the whole.
     """
 
     plan: Plan
@@ -90,6 +92,7 @@ class Report:
     errors: Mapping[str, LayerError]
     bytes_downloaded: int = 0
     load: LoadCheck | None = None
+    part: Part | None = None
 
     @staticmethod
     def build(plan: Plan, output: str, outcome: RunResult, elapsed_s: float) -> Report:
@@ -125,7 +128,7 @@ class Report:
             "format": plan.format,
             "layout": plan.layout,
             "loads": plan.loads,
-            "plan_hash": plan.hash,
+            "plan_hash": plan.hash if self.part is None else "",
             "parameters": plan.parameters,
             "bytes_in": plan.bytes_in,
             "bytes_out": plan.bytes_out,
@@ -139,6 +142,7 @@ class Report:
             "left_out": [list(pair) for pair in plan.left_out],
             "dropped": [list(pair) for pair in plan.dropped],
             "notes": [note.text for note in plan.notes],
+            "part": None if self.part is None else str(self.part),
             "load": None if self.load is None else self.load.to_dict(),
         }
 

@@ -1,0 +1,97 @@
+"""``join``: complete an output whose parts were written by several processes."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from requant.api.convert import convert_whole, report_of, start_source
+from requant.api.parts import read_join_command
+from requant.core.types import Source
+from requant.errors import CheckpointError, OutputError, error_action
+from requant.execution.executor import Progress
+from requant.output.part_journals import read_command
+from requant.output.record import read_record
+from requant.output.staging import StagingFolder
+from requant.quantization.options import RunOptions
+from requant.reports.report import Report
+from requant.sources.hub_repository import find_repository
+
+
+@error_action("joined")
+def join(
+    output: Source,
+    *,
+    source: Source | None = None,
+    force: bool = False,
+    verify_load: bool = False,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report | None:
+    """Complete an output that ``convert(..., part="i/n")`` has begun.
+
+    All journals must belong to one plan. What no part has done is done here, then the output is
+    published under its name. Parts may have run in any order, twice, or not at all.
+
+    Args:
+        output: The folder that was given to the parts.
+        source: Where the source is on this machine, if not where the parts have found it.
+        force: Replace an output that exists; as given to the parts by default.
+        verify_load: As in ``convert``.
+        threads: As in ``convert``.
+        max_memory: As in ``convert``.
+        progress: As in ``convert``.
+
+    Returns:
+        The report of the whole conversion; None if the output is complete already.
+
+    Raises:
+        OutputError: There are no parts, they are of different conversions, or one is still running.
+        CheckpointError: Every problem of the source.
+
+    Example:
+        >>> requant.join("output")  # doctest: +SKIP
+    """
+    began, folder = time.perf_counter(), Path(output)
+    staging = StagingFolder(folder)
+    command = read_command(staging.parts)
+    if command is None:
+        if _is_complete(folder):
+            return None
+        raise OutputError(
+            f"{folder}: there are no parts to join in {staging.path}; run requant convert SOURCE "
+            f"{shlex.quote(str(folder))} --part 1/2 and 2/2 first"
+        )
+    recorded, revision, options, replaces = read_join_command(command, staging.path)
+    run = RunOptions.from_arguments(
+        force=force or replaces,
+        threads=threads,
+        max_memory=max_memory,
+        verify_load=verify_load,
+        progress=progress,
+        revision=revision,
+    )
+    named = recorded if source is None else str(source)
+    remote = find_repository(named, revision, options.vision_part)
+    try:
+        opened = start_source(named, remote, folder, options, run)
+        planned, result = convert_whole(opened, folder, options, run)
+    except OutputError:
+        if not _is_complete(folder, command["plan"]):
+            raise  # no other process has joined the parts meanwhile
+        return None
+    planned = planned._replace(plan=replace(planned.plan, source=named))
+    return report_of(planned, folder, result, began, run)
+
+
+def _is_complete(output: Path, plan: str | None = None) -> bool:
+    """Whether an output is there, with a record; of a plan with this hash, if one is given."""
+    with suppress(CheckpointError):
+        record = read_record(output)
+        return plan is None or record.get("plan") == plan
+    return False

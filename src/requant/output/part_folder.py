@@ -1,0 +1,138 @@
+"""The output folder as one part of a plan sees it: other parts write to it at the same time.
+
+Nothing is published, and nothing is removed: ``OutputFolder`` does both when the parts are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from requant.checkpoints.checkpoint import OpenedSource
+from requant.errors import OutputError
+from requant.execution.completed_work import CompletedWork
+from requant.output.folder import describe_change, journal_header
+from requant.output.journal import Journal, read_journal
+from requant.output.part_journals import (
+    add_run,
+    agree_on_command,
+    new_journal_path,
+    read_part_journals,
+)
+from requant.output.preflight import check_output
+from requant.output.progress import JournaledProgress
+from requant.output.shard_files import ShardFiles, write_error
+from requant.output.staging import StagingFolder, bytes_on_disk
+from requant.planning.parts import steps_of_part
+from requant.planning.plan import Plan
+from requant.quantization.part import Part
+
+
+class PartFolder:
+    """The ``Sink`` of one part of a conversion. A context manager.
+
+    ``command`` is what ``join`` repeats the plan from. What earlier runs of the part have done is
+    not done again; a run that stops keeps what it did. ``force`` allows an output that exists.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: OpenedSource,
+        output: Path,
+        part: Part,
+        command: Mapping[str, Any],
+        force: bool = False,
+    ) -> None:
+        self.plan, self.source, self.output = plan, source, output
+        self.part, self.force = part, force
+        self.steps = steps_of_part(plan, part)
+        self.staging = StagingFolder(output)
+        self._command = dict(command)
+        self._files = ShardFiles(self.staging.staged_output, output, plan.shards)
+        self._journal: Journal | None = None
+        self._progress: JournaledProgress | None = None
+
+    def __enter__(self) -> Self:
+        staged = bytes_on_disk(self.staging.staged_output)
+        check_output(self.plan, self.output, self.force, staged)
+        try:
+            self.staging.lock(shared=True)
+            self._open()
+        except BaseException as error:
+            self._close()
+            if isinstance(error, OSError) and not isinstance(error, OutputError):
+                raise write_error(self.output, error) from error
+            raise
+        return self
+
+    def _open(self) -> None:
+        head = journal_header(self.plan, self.source, self.plan.hash, ())
+        whole, done_before = read_journal(self.staging.journal)
+        self._check_same(whole, head)
+        command = {**self._command, "requant": head["requant"], "plan": head["plan"]}
+        self._check_same(agree_on_command(self.staging.parts, command), head)
+        self.staging.staged_output.mkdir(exist_ok=True)
+        self._files.open_shared()
+        steps = frozenset(self.steps)
+        done = read_part_journals(self.staging.parts, head, steps).done
+        add_run(done, done_before, steps)
+        path = new_journal_path(self.staging.parts, self.part)
+        self._journal = Journal(path, head, done, self._sync)
+        self._progress = JournaledProgress(self.plan, self._journal, self._files, steps=self.steps)
+
+    def _check_same(self, before: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+        """Check that what another process began in the folder is the same conversion."""
+        # Another machine may have a copy of the source, with other times of change.
+        changed = before and describe_change({**before, "sources": head["sources"]}, head)
+        if changed:
+            raise OutputError(
+                f"{self.output}: another conversion to this folder was begun in "
+                f"{self.staging.path}, and {changed}; give the same command in every part, or "
+                f"remove {self.staging.path} to start over"
+            )
+
+    def _sync(self) -> None:
+        self._files.sync_data()
+        self.staging.sync_names()
+
+    @property
+    def shards(self) -> ShardFiles:
+        """Where a run may write without ``write``."""
+        return self._files
+
+    @property
+    def progress_log(self) -> JournaledProgress:
+        """Where a run records what is done."""
+        assert self._progress is not None, "the folder was not entered"
+        return self._progress
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Write ``data`` at an absolute offset of a shard; thread-safe."""
+        self._files.write(file, offset, data)
+
+    def finish(self) -> None:
+        """Hash what is complete, make everything durable, and then record that the part is done.
+
+        Raises:
+            OutputError: A file cannot be read back or written.
+        """
+        log = self.progress_log
+        log.finish()
+        log.journal.make_durable()
+        log.journal.add(CompletedWork.FINISHED, durable=True)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and self._progress is not None and self._progress.share() > 0:
+            error.add_note(
+                f"part {self.part}: {self._progress.share():.0%} is done and kept in "
+                f"{self.staging.path}; the same command resumes"
+            )
+        self._close()
+
+    def _close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+        self._files.close()
+        self.staging.unlock()

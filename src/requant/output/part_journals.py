@@ -1,0 +1,153 @@
+"""What the parts of an output have in common: one command, and a journal for each run of a part.
+
+    parts/command           what every part was made from; the first part writes it
+    parts/3-of-8.1f6c02ab   the journal of one run of part 3; a part that ran twice has two
+
+Files are made whole under another name and then linked, which is atomic on network file systems
+too. No lock is needed: a run appends to its own journal only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from requant.core.files import fsync
+from requant.errors import OutputError
+from requant.execution.completed_work import CompletedWork
+from requant.output.journal import boot_id, read_journal
+from requant.quantization.part import Part
+
+_COMMAND = "command"
+
+
+def agree_on_command(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what the parts are made from, unless another part did; returns what is there then.
+
+    Raises:
+        OutputError: What is there is not readable.
+    """
+    parts.mkdir(exist_ok=True)
+    target = parts / _COMMAND
+    if not target.exists():
+        draft = parts / f"{_COMMAND}.{secrets.token_hex(4)}"
+        with draft.open("wb") as file:
+            file.write(json.dumps(command, separators=(",", ":")).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):  # another part was first
+            os.link(draft, target)
+        draft.unlink()
+        fsync(parts)
+    found = read_command(parts)
+    if found is None:
+        raise OutputError(f"{target} is not what a part writes; remove {parts.parent}")
+    return found
+
+
+def read_command(parts: Path) -> dict[str, Any] | None:
+    """What the parts are made from; None where there are none."""
+    try:
+        command = json.loads((parts / _COMMAND).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return command if isinstance(command, dict) and "plan" in command else None
+
+
+def new_journal_path(parts: Path, part: Part) -> Path:
+    """A path for the journal of a run that no other run has."""
+    return parts / f"{part.number}-of-{part.count}.{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True, slots=True)
+class PartJournals:
+    """The sum of the journals of all parts."""
+
+    done: CompletedWork
+    finished: frozenset[Part]  # parts of which a run was completed, as its journal says
+    started: frozenset[Part]  # parts that have a journal
+
+
+def read_part_journals(
+    parts: Path, head: Mapping[str, Any], steps: Collection[int] | None = None
+) -> PartJournals:
+    """Read the journals of all parts; of ``steps`` only, where these are given.
+
+    Of a journal that another machine wrote, or this one before it was started again, the durable
+    lines count. Rows that two runs have written are counted once.
+
+    Raises:
+        OutputError: A journal is of another plan, or its source was changed.
+    """
+    done = CompletedWork()
+    finished, started = set(), set()
+    for path in sorted(parts.glob("*-of-*.*")) if parts.is_dir() else ():
+        part = _part_of(path)
+        if part is None:
+            continue
+        before, found = read_journal(path)
+        if not before:
+            continue  # killed before its first line
+        _check_head(path, before, head)
+        started.add(part)
+        if found.is_finished:
+            finished.add(part)
+        add_run(done, found, steps)
+    return PartJournals(done, frozenset(finished), frozenset(started))
+
+
+def _part_of(path: Path) -> Part | None:
+    number, _, rest = path.name.partition("-of-")
+    count, _, run = rest.partition(".")
+    is_journal = number.isdigit() and count.isdigit() and len(run) == 8
+    return Part(int(number), int(count)) if is_journal else None
+
+
+def _check_head(path: Path, before: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    staging = path.parent.parent
+    if before.get("plan") != head["plan"] or before.get("requant") != head["requant"]:
+        raise OutputError(
+            f"{path} is of another conversion than the parts next to it; remove {staging} to start "
+            "over"
+        )
+    # Another machine may have a copy of the source, with other times of change.
+    is_here = before.get("boot") == boot_id()
+    if is_here and before.get("sources") != json.loads(json.dumps(head["sources"])):
+        raise OutputError(
+            f"{path}: the source was changed after this part of the output was made; remove "
+            f"{staging} to start over"
+        )
+
+
+def add_run(
+    done: CompletedWork, found: CompletedWork, steps: Collection[int] | None = None
+) -> None:
+    """Add what one run did; of ``steps`` only, where these are given.
+
+    Statistics are of all rows of a step that the run has done, so rows that another run has done
+    too cannot be taken off: a run counts for a step if its rows are disjoint from those that are
+    there, or if they contain them. Otherwise its rows are done again.
+    """
+    for step, borders in found.rows.items():
+        if steps is not None and step not in steps:
+            continue
+        there = CompletedWork(rows={step: done.rows.get(step, ())})
+        both = CompletedWork(rows={step: there.rows[step]})
+        both.add({"rows": [step, *borders]})
+        rows, here, all_of = (x.done_rows(step) for x in (found, there, both))
+        if all_of == rows + here:
+            stats = found.stats.get(step)
+            done.add({"rows": [step, *borders], "stats": stats and stats.nonzero_fields()})
+        elif all_of == rows:
+            done.rows[step] = borders
+            done.stats.pop(step, None)
+            if step in found.stats:
+                done.stats[step] = found.stats[step]
+    for name, digest in found.hashes.items():
+        done.hashes.setdefault(name, digest)

@@ -1,0 +1,85 @@
+"""A plan cut into parts of about equal cost, for processes on several machines.
+
+Parts share nothing but the output folder: rows of one output tensor are in one part, and so are
+layers that share a Hessian. The cut depends on the plan and the number of parts only.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from requant.planning.plan import Plan, Step
+from requant.planning.step_cost import step_cost
+from requant.quantization.part import Part
+
+
+def steps_of_part(plan: Plan, part: Part) -> tuple[int, ...]:
+    """Numbers of the steps that a part runs, ascending; none where there are too few steps.
+
+    Steps that belong together are one group. The groups, in the order of their first steps, are
+    laid end to end on a line by their cost, which is divided into ``part.count`` equal pieces. A
+    group belongs to the piece in which its middle lies.
+
+    Example: groups with the costs 1, 1, 4, 2 have their middles at 0.5, 1.5, 4 and 7 of 8. Of two
+    parts the first has the groups up to 4 exclusive: the costs 1 and 1; the second has 4 and 2.
+    """
+    groups = _groups(plan)
+    costs = [sum(step_cost(plan.steps[number]) for number in group) for group in groups]
+    ends = list(accumulate(costs))
+    total = ends[-1] if ends else 0.0
+    borders = [total * number / part.count for number in range(1, part.count)]
+    numbers: list[int] = []
+    for group, end, cost in zip(groups, ends, costs, strict=True):
+        if bisect_right(borders, end - cost / 2) == part.number - 1:
+            numbers.extend(group)
+    return tuple(sorted(numbers))
+
+
+def _groups(plan: Plan) -> list[list[int]]:
+    """Steps that one part has to run together, in the order of their first steps."""
+    parent = list(range(len(plan.steps)))
+
+    def find(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    first: dict[Hashable, int] = {}
+    for number, step in enumerate(plan.steps):
+        for key in _shared(step):
+            one, other = sorted((find(first.setdefault(key, number)), find(number)))
+            parent[other] = one
+    groups: dict[int, list[int]] = {}
+    for number in range(len(plan.steps)):
+        groups.setdefault(find(number), []).append(number)
+    return list(groups.values())
+
+
+def _shared(step: Step) -> Iterator[Hashable]:
+    """What a step has in common with the others of its group."""
+    for out in step.outputs.values():
+        yield "output", out.name
+    if step.gptq and step.importance is not None:
+        for entry in step.importance.entries:
+            yield "Hessian", entry
+
+
+def part_of(plan: Plan, steps: Sequence[int]) -> Plan:
+    """The plan with the layers and tensors of some steps only, for the report of a part."""
+    chosen = [plan.steps[number] for number in steps]
+    layers = {step.layer for step in chosen}
+    tensors = {out.name for step in chosen for out in step.outputs.values()}
+    shards = (
+        replace(shard, tensors=tuple(t for t in shard.tensors if t.name in tensors))
+        for shard in plan.shards
+    )
+    return replace(
+        plan,
+        steps=tuple(chosen),
+        layers=tuple(layer for layer in plan.layers if layer.layer in layers),
+        shards=tuple(shard for shard in shards if shard.tensors),
+    )

@@ -1,0 +1,253 @@
+"""``convert(part=...)`` and ``join``: the same bytes as one process, whatever happens to parts."""
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pytest import MonkeyPatch
+
+import requant
+from requant.errors import CheckpointError, OutputError, UsageError
+from requant.importance.reader import LayerStatistics, write_statistics
+from requant.output import journal, part_journals
+from requant.output.staging import staging_dir
+from tests.support.checkpoints import MICRO_LLAMA, ROOT, tree
+from tests.support.fixture_folders import fixture
+from tests.support.number_formats import bf16
+from tests.support.published_models import published
+
+Job = tuple[Path, dict[str, Any]]
+KEEP_4_BITS: dict[str, Any] = {"bits": 4, "layout": "keep"}
+
+
+def run_parts(source: Path, output: Path, order: list[str], **options: Any) -> None:
+    for part in order:
+        report = requant.convert(source, output, part=part, **options, chunk_bytes=3000)
+        assert str(report.part) == part
+        assert not output.exists()
+
+
+def gptq_job(tmp_path: Path) -> Job:
+    file, random_values = tmp_path / "s.safetensors", np.random.default_rng(0)
+    x = random_values.normal(0, 1, (300, 128))
+    hessian = (x.T @ x / 300).astype(np.float32)
+    names = [f"model.layers.{n}.self_attn.{x}_proj" for n in range(4) for x in "qkv"]
+    layers = {n: LayerStatistics(np.diag(hessian).copy(), np.ones(1)) for n in names}
+    write_statistics(file, layers, {n: (hessian.shape, lambda: hessian) for n in names})
+    return MICRO_LLAMA, {**KEEP_4_BITS, "gptq": True, "statistics": file}
+
+
+def computed_job(tmp_path: Path) -> Job:
+    """A model of which mlx-lm computes tensors from values."""
+    published(tmp_path / "m", "deepseek_v3")
+    return tmp_path / "m", {"bits": 4, "group_size": 32, "layout": "mlx-lm"}
+
+
+JOBS: dict[str, Callable[[Path], Job]] = {
+    "dense": lambda _: (MICRO_LLAMA, KEEP_4_BITS),
+    "AWQ": lambda _: (fixture("awq-gemm-g64-skip") / "checkpoint", {"layout": "keep"}),
+    "FP8": lambda _: (fixture("fp8-block-llama") / "checkpoint", KEEP_4_BITS),
+    "recipe": lambda _: (MICRO_LLAMA, {"recipe": "mixed_3_6", "layout": "keep"}),
+    "GGUF": lambda _: (fixture("gguf-q4_k_m") / "checkpoint" / "model.gguf", {"layout": "keep"}),
+    "GPTQ": gptq_job,
+    "computed": computed_job,
+}
+
+
+@pytest.mark.parametrize(
+    "name", [x if x in ("dense", "AWQ") else pytest.param(x, marks=pytest.mark.slow) for x in JOBS]
+)
+def test_parts_give_the_bytes_of_one_process(name: str, tmp_path: Path) -> None:
+    """In any order, one of them twice, one never."""
+    source, options = JOBS[name](tmp_path)
+    requant.convert(source, tmp_path / "one", **options)
+    run_parts(source, tmp_path / "out", ["3/4", "1/4", "1/4", "4/4"], **options)
+    report = requant.join(tmp_path / "out")
+    assert report is not None
+    assert report.part is None
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+    assert not staging_dir(tmp_path / "out").exists()
+    assert requant.join(tmp_path / "out") is None
+
+
+def test_parts_of_other_counts_add_up(tmp_path: Path) -> None:
+    requant.convert(MICRO_LLAMA, tmp_path / "one", **KEEP_4_BITS)
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["1/2", "5/7", "3/50", "2/3"], **KEEP_4_BITS)
+    requant.join(tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def test_what_a_part_has_done_is_not_done_again(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["1/2", "2/2"], **KEEP_4_BITS)
+    written: list[int] = []
+    monkeypatch.setattr(
+        "requant.output.shard_files.ShardFiles.write", lambda *given: written.append(1)
+    )
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["1/2"], **KEEP_4_BITS)
+    requant.join(tmp_path / "out")
+    assert written == []
+
+
+def test_a_conversion_without_parts_takes_over(tmp_path: Path) -> None:
+    """What the parts have done is not lost."""
+    requant.convert(MICRO_LLAMA, tmp_path / "one", **KEEP_4_BITS)
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["2/2"], **KEEP_4_BITS)
+    requant.convert(MICRO_LLAMA, tmp_path / "out", **KEEP_4_BITS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def test_rows_of_two_runs_are_counted_once(tmp_path: Path) -> None:
+    """Statistics of a part that ran twice at a time: equal rows, more rows, other rows."""
+    lines = {
+        "1-of-2.aaaaaaaa": [{"rows": [0, 0, 10], "stats": {"overflowed": 1}}],
+        "1-of-2.bbbbbbbb": [{"rows": [0, 0, 20], "stats": {"overflowed": 3}}],
+        "1-of-2.cccccccc": [{"rows": [0, 15, 25], "stats": {"overflowed": 9}}],
+        "2-of-2.dddddddd": [{"rows": [0, 30, 40], "stats": {"overflowed": 5}}, {"finished": True}],
+    }
+    head = {"plan": "p", "requant": "1", "sources": {}}
+    for name, of_run in lines.items():
+        text = "".join(json.dumps(x) + "\n" for x in [{**head, "boot": journal.boot_id()}, *of_run])
+        (tmp_path / name).write_text(text)
+    found = part_journals.read_part_journals(tmp_path, head)
+    assert found.done.rows == {0: (0, 20, 30, 40)}
+    assert found.done.stats[0].overflowed == 8
+    assert [str(part) for part in sorted(found.finished)] == ["2/2"]
+
+
+def test_of_another_machine_the_durable_lines_count(tmp_path: Path) -> None:
+    head = {"plan": "p", "requant": "1", "sources": {}}
+    lines = [
+        {**head, "sources": {"a": [1, 2]}, "boot": "another machine"},
+        {"rows": [0, 0, 10]},
+        {"durable": 1},
+        {"rows": [1, 0, 10]},
+    ]
+    (tmp_path / "1-of-2.aaaaaaaa").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert part_journals.read_part_journals(tmp_path, head).done.rows == {0: (0, 10)}
+
+
+# -- what does not fit together ----------------------------------------------------------------
+
+
+def test_parts_of_other_options_are_rejected(tmp_path: Path) -> None:
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["1/2"], **KEEP_4_BITS)
+    before = tree(staging_dir(tmp_path / "out"))
+    with pytest.raises(OutputError, match="what is asked for changed; give the same command"):
+        requant.convert(MICRO_LLAMA, tmp_path / "out", bits=8, layout="keep", part="2/2")
+    with pytest.raises(OutputError, match="what is asked for changed"):
+        requant.convert(MICRO_LLAMA, tmp_path / "out", bits=8, layout="keep")
+    after = tree(staging_dir(tmp_path / "out"))
+    assert {k: v for k, v in after.items() if k != "lock"} == {
+        k: v for k, v in before.items() if k != "lock"
+    }
+
+
+def test_a_source_that_changed_is_rejected(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(MICRO_LLAMA, tmp_path / "m"))
+    run_parts(source, tmp_path / "out", ["1/2"], **KEEP_4_BITS)
+    file = next(source.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(OutputError, match="the source was changed"):
+        requant.join(tmp_path / "out")
+    assert staging_dir(tmp_path / "out").is_dir()
+
+
+def test_nonfinite_values_are_named_by_the_part(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    bad = bf16(64, 128)
+    bad[3, 5] = np.nan
+    source = checkpoint({"a.weight": bf16(64, 128), "b.weight": bad})
+    run_parts(source, tmp_path / "out", ["1/2"], bits=4)
+    with pytest.raises(CheckpointError, match=r"b\.weight: 1 value is NaN"):
+        requant.convert(source, tmp_path / "out", bits=4, part="2/2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "way_out"),
+    [
+        ({"budget": 4}, "--save-recipe"),
+        ({"consume_source": True, "yes": True}, "after `requant join`"),
+        ({"allow_nonfinite": True}, "--override"),
+        ({"resume": False}, "remove the hidden folder"),
+        ({"verify_load": True}, "give it to `requant join`"),
+    ],
+)
+def test_options_that_are_not_for_parts(
+    options: dict[str, Any], way_out: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=way_out):
+        requant.convert(MICRO_LLAMA, tmp_path / "out", part="1/2", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_join(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no parts to join"):
+        requant.join(tmp_path / "out")
+
+
+def test_an_output_that_exists_is_replaced_only_by_force(tmp_path: Path) -> None:
+    requant.convert(MICRO_LLAMA, tmp_path / "out", bits=8, layout="keep")
+    with pytest.raises(OutputError, match="--force replaces it"):
+        requant.convert(MICRO_LLAMA, tmp_path / "out", part="1/2", **KEEP_4_BITS)
+    for part in ("1/2", "2/2"):
+        requant.convert(MICRO_LLAMA, tmp_path / "out", part=part, force=True, **KEEP_4_BITS)
+    requant.join(tmp_path / "out")
+    requant.convert(MICRO_LLAMA, tmp_path / "one", **KEEP_4_BITS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+# -- several processes ---------------------------------------------------------------------------
+
+
+def test_a_part_that_runs_keeps_a_join_out(tmp_path: Path) -> None:
+    """Parts do not keep each other out."""
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["1/2"], **KEEP_4_BITS)
+    with (staging_dir(tmp_path / "out") / "lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        run_parts(MICRO_LLAMA, tmp_path / "out", ["2/2"], **KEEP_4_BITS)
+        with pytest.raises(OutputError, match="being written by another process"):
+            requant.join(tmp_path / "out")
+    assert requant.join(tmp_path / "out") is not None
+
+
+def test_two_joins_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """The second finds the output complete, wherever the first overtakes it."""
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["1/2"], **KEEP_4_BITS)
+
+    def no_locks(fd: int, how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    begun: list[int] = []
+
+    def overtaken(progress: object) -> None:
+        if not begun:
+            begun.append(1)
+            assert requant.join(tmp_path / "out") is not None
+
+    assert requant.join(tmp_path / "out", progress=overtaken) is None
+    requant.convert(MICRO_LLAMA, tmp_path / "one", **KEEP_4_BITS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_parts_and_joins_that_are_killed(tmp_path: Path) -> None:
+    """50 kills over parts that run at the same time and two joins at once."""
+    script = [sys.executable, "-m", "tests.support.part_interruptions"]
+    arguments = [MICRO_LLAMA, tmp_path / "out", json.dumps(KEEP_4_BITS), 5, 50]
+    done = subprocess.run([*script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    killed = json.loads(done.stdout)
+    assert killed["parts"] + killed["joins"] >= 50
+    assert min(killed.values()) > 0
