@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from requant.api.convert import plan
-from requant.checkpoints.checkpoint import Checkpoint
-from requant.core.reasons import NoteCode
+from requant.checkpoints.checkpoint import Checkpoint, StoredTensor
+from requant.core.dtypes import TensorInfo
+from requant.core.reasons import NoteCode, Reason, ReasonCode
 from requant.errors import CheckpointError
-from requant.formats import read_layout
+from requant.formats import SourceLayout, read_layout
+from requant.formats.base import dense_layer
 from requant.layouts.left_dense import modalities
-from requant.layouts.relayout import LibraryLayoutError
+from requant.layouts.relayout import LibraryLayoutError, Relayout
 from requant.libraries import LIBRARIES, Library
 from requant.planning import layout_selection
 from requant.planning.layout_selection import (
@@ -19,10 +21,13 @@ from requant.planning.layout_selection import (
     candidates,
     choose_layout,
     why_not_mlx_lm,
+    with_target,
 )
+from requant.planning.planner import lay_out
+from requant.quantization.config import Quantization
 from requant.quantization.options import ConvertOptions
 from requant.sources.open import read_checkpoint
-from tests.support.checkpoints import write_folder
+from tests.support.checkpoints import model, write_folder
 from tests.support.library_models import write_model
 
 TENSORS = {"model.up.weight": ("BF16", [64, 128]), "model.norm.weight": ("BF16", [128])}
@@ -146,3 +151,50 @@ def test_text_only_is_the_first_note(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "Text only: mlx-lm's class drops the towers for images; "
         "mlx-vlm keeps them (pip install 'requant[vlm]')."
     )
+
+
+# -- another target ----------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["micro-llama", "micro-moe", "qwen3-16m"])
+def test_another_target_gives_the_same_layout_as_a_new_one(name: str) -> None:
+    pytest.importorskip("mlx_lm")
+    before = Quantization.affine(64, 4)
+    made = laid_out_for(model(name), before)
+    for target in (Quantization.affine(g, b) for g in (32, 64, 128) for b in (2, 8)):
+        again, found = laid_out_for(model(name), target), with_target(made, before, target)
+        assert found is not None and found.relayout is not None and again.relayout is not None
+        assert found.relayout.layout.targets == again.relayout.layout.targets
+        assert found.relayout.layout.dense_reasons == again.relayout.layout.dense_reasons
+        assert found.layout is made.layout
+
+
+def laid_out_for(source: Path, target: Quantization) -> LayoutResult:
+    options = ConvertOptions.from_arguments(target, layout="mlx-lm")
+    return lay_out(read_checkpoint(source), options).chosen
+
+
+def test_the_group_size_of_another_target_decides() -> None:
+    """A layer with the target, one with the library's own choice, one that is too narrow."""
+    conversion_trace = pytest.importorskip("requant.layouts.conversion_trace")
+    before, own = Quantization.affine(64, 4), Quantization.affine(32, 8)
+    narrow = Reason(ReasonCode.NO_GROUP_SIZE, "last axis 96 is not a multiple of group 64")
+    widths = {"up": 192, "router": 128, "narrow": 96}
+    layers = tuple(
+        dense_layer(StoredTensor(f"{path}.weight", TensorInfo("BF16", (8, n)), "a", 0))
+        for path, n in widths.items()
+    )
+    decisions = conversion_trace.Decisions(
+        targets={"up": before, "router": own}, dense_reasons={"narrow": narrow}
+    )
+    layout = SourceLayout(layers)
+    made = LayoutResult(None, layout, Relayout(decisions, {}, layout))
+    wide = with_target(made, before, Quantization.affine(128, 4))
+    assert wide.relayout.layout.targets == {"router": own}
+    assert wide.relayout.layout.dense_reasons == {
+        "narrow": narrow,
+        "up": Reason(ReasonCode.NO_GROUP_SIZE, "last axis 192 is not a multiple of group 128"),
+    }
+    same = with_target(made, before, Quantization.affine(64, 2))
+    assert same.relayout.layout.targets == {"router": own, "up": Quantization.affine(64, 2)}
+    assert made.relayout.layout.targets == {"up": before, "router": own}
+    assert with_target(made, before, Quantization.affine(32, 4)) is None

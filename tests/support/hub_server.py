@@ -48,6 +48,7 @@ class Hub:
         tokens: Those that are known; empty takes any.
         cut_after: Files end after so many bytes, once; 0 lets all through.
         reject_objects: How many LFS objects are taken before the rest is rejected; -1 is all.
+        latency_s: How long an answer takes to begin.
     """
 
     repositories: dict[str, dict[str, bytes]]
@@ -71,11 +72,20 @@ class Hub:
     over: threading.Event = field(default_factory=threading.Event)
     cut_after: int = 0
     reject_objects: int = -1
+    latency_s: float = 0.0
     url: str = ""
 
     @staticmethod
     def commit(name: str) -> str:
         return hashlib.sha1(name.encode()).hexdigest()
+
+    def digest(self, content: bytes) -> str:
+        """The hash of a file in LFS."""
+        return hashlib.sha256(content).hexdigest()
+
+    def blob(self, content: bytes) -> str:
+        """Git's id of a file."""
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class _Server(ThreadingHTTPServer):
@@ -147,6 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token and self.state.tokens and token not in self.state.tokens:
             self.answer(401, X_Error_Message="Invalid credentials in Authorization header")
             return
+        time.sleep(self.state.latency_s)
         if self.state.busy:
             self.answer(self.state.busy, X_Error_Message="Not now")
             return
@@ -177,12 +188,11 @@ class _Handler(BaseHTTPRequestHandler):
     def head(self, name: str) -> str:
         return self.state.heads.get(name) or Hub.commit(name)
 
-    @staticmethod
-    def listed(file: str, content: bytes) -> dict[str, Any]:
-        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    def listed(self, file: str, content: bytes) -> dict[str, Any]:
+        blob = self.state.blob(content)
         found: dict[str, Any] = {"rfilename": file, "size": len(content), "blobId": blob}
         if file.endswith((".safetensors", ".bin", ".gguf")):
-            digest = hashlib.sha256(content).hexdigest()
+            digest = self.state.digest(content)
             found["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
         return found
 
@@ -201,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_file(self, name: str, file: str, content: bytes) -> None:
         tags = {
-            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "ETag": f'"{self.state.digest(content)}"',
             "X_Repo_Commit": Hub.commit(name),
             "Accept_Ranges": "bytes",
         }

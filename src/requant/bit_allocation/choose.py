@@ -23,12 +23,12 @@ from requant.bit_allocation.measure import (
     measure,
     without_budget,
 )
-from requant.bit_allocation.measurements import Candidate, Measured
+from requant.bit_allocation.measurements import Candidate, Measured, MeasuredErrors
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.errors import UsageError
 from requant.output.record import version
 from requant.planning.plan import Plan
-from requant.planning.planner import plan_with_source
+from requant.planning.planner import lay_out, plan_laid_out
 from requant.quantization.config import Quantization
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.recipes import Recipe, Rule
@@ -36,7 +36,7 @@ from requant.quantization.roles import ROLES, block_positions
 from requant.quantization.size_budget import SizeBudget, parse_budget
 from requant.sources.open import as_checkpoint
 
-_FORMAT = 1  # of the file that keeps measurements
+_FORMAT = 2  # of the file that keeps measurements
 
 
 def allocate_bits(
@@ -53,7 +53,7 @@ def allocate_bits(
         options: Returned as they are where they hold no budget.
         run: Threads, memory, progress and whether layers may hold NaN or infinity.
         check: Called with a plan of the source before anything is measured; may raise.
-        keep: File of measurements: read if it is of this source and these options, else written.
+        keep: File of measurements: those of this source and these options are read, others added.
 
     Raises:
         CheckpointError: Everything that is wrong with the source.
@@ -63,15 +63,12 @@ def allocate_bits(
         return options
     budget = parse_budget(options.budget)
     checkpoint = as_checkpoint(source, options.config_from, mmproj=options.vision_part)
-    planned = plan_with_source(checkpoint, without_budget(options), is_trial=True)
+    laid_out = lay_out(checkpoint, without_budget(options))
+    planned = plan_laid_out(laid_out, without_budget(options), is_trial=True)
     if check is not None:
         check(planned.plan)
-    key = _key(planned.plan, options)
-    measured = None if keep is None else Measured.load(keep, key)
-    if measured is None:
-        measured, options = measure(planned, options, run)
-        if keep is not None and not options.nonfinite_layers:
-            measured.save(keep, key)
+    kept = MeasuredErrors(keep, _key(planned.plan, options))
+    measured, options = measure(laid_out, planned, options, run, kept)
     default = options.quantization or DEFAULT_TARGET
     recipe = _recipe(measured, budget, options.search, default)
     return replace(options, quantization=default, recipe=recipe)

@@ -7,19 +7,24 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from itertools import product
 from math import prod
 
-from requant.bit_allocation.measurements import Candidate, Measured
-from requant.checkpoints.checkpoint import Checkpoint
+from requant.bit_allocation.measurements import Candidate, Errors, Measured, MeasuredErrors
 from requant.core.reasons import ReasonCode
 from requant.errors import CheckpointError, Problem, UsageError
+from requant.execution.candidate_errors import CandidateErrors, trials_of
 from requant.execution.executor import run_plan
-from requant.execution.layer_stats import LayerStats
 from requant.execution.resources import plan_resources
-from requant.execution.sink import NullSink
+from requant.planning.layout_selection import with_target
 from requant.planning.plan import LayerPlan, Plan, Step, Treatment
-from requant.planning.planner import Planned, make_plan, plan_with_source
+from requant.planning.planner import (
+    LaidOut,
+    LayerTrial,
+    Planned,
+    lay_out,
+    plan_laid_out,
+    try_layers,
+)
 from requant.quantization.config import Quantization
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.specs import format_spec
@@ -34,11 +39,20 @@ _EXCLUDED = (ReasonCode.SKIPPED_BY_OVERRIDE, ReasonCode.SKIPPED_BY_RECIPE, Reaso
 
 
 def measure(
+    laid_out: LaidOut,
     planned: Planned,
     options: ConvertOptions,
     run: RunOptions,
+    kept: MeasuredErrors,
 ) -> tuple[Measured, ConvertOptions]:
-    """Encode each layer of a source with each candidate; ``planned`` is without the budget.
+    """Encode each layer of a source with each candidate, in one pass over the source.
+
+    Args:
+        laid_out: The source, laid out for the options without the budget.
+        planned: Its plan without the budget.
+        options: With the budget.
+        run: Threads, memory, progress and whether layers may hold NaN or infinity.
+        kept: The errors of an earlier run, which are not measured again; new ones are added.
 
     Returns:
         The measurements, and the options with the layers that are left as they are.
@@ -47,17 +61,14 @@ def measure(
         CheckpointError: A layer holds NaN or infinity.
     """
     while True:
-        base, plan_source = planned
-        trial = _TrialRun(base, plan_source.checkpoint, options)
-        limits = plan_resources(trial.plan, run.threads, run.max_memory, run.chunk_bytes)
-        found = run_plan(trial.plan, plan_source, NullSink(), limits, run.progress).findings
-        problems = trial.problems(found)
+        trial = _TrialRun(laid_out, planned, options)
+        problems = trial.run(run, kept)
         if not problems:
-            return trial.collect(found), options
+            return trial.collect(kept.layers), options
         if not run.allow_nonfinite:
-            raise CheckpointError(base.source, list(problems.values()))
+            raise CheckpointError(planned.plan.source, list(problems.values()))
         options = replace(options, nonfinite_layers=options.nonfinite_layers.union(problems))
-        planned = plan_with_source(plan_source.checkpoint, without_budget(options), is_trial=True)
+        planned = plan_laid_out(laid_out, without_budget(options), is_trial=True)
 
 
 def without_budget(options: ConvertOptions) -> ConvertOptions:
@@ -66,53 +77,58 @@ def without_budget(options: ConvertOptions) -> ConvertOptions:
 
 
 class _TrialRun:
-    """A plan that encodes every layer with every candidate, to be run for the errors."""
+    """The candidates of every layer, and the run that measures their errors."""
 
-    def __init__(self, base: Plan, checkpoint: Checkpoint, options: ConvertOptions) -> None:
-        self.base = base
+    def __init__(self, laid_out: LaidOut, planned: Planned, options: ConvertOptions) -> None:
+        self.base, self.source = planned
         # Layer -> spec of a candidate -> bytes.
-        self.tried: dict[str, dict[str, int]] = {x.layer: {} for x in base.layers}
-        self.named: dict[str, tuple[str, str]] = {}  # name of a step -> layer and spec
-        steps: dict[str, list[Step]] = {layer: [] for layer in self.tried}
-        for plan in _candidate_plans(base, checkpoint, options):
-            new = {}
-            for layer in plan.layers:
-                spec = _spec_of(plan, layer)
-                if spec and spec not in self.tried[layer.layer]:
-                    new[layer.layer] = spec
-                    self.tried[layer.layer][spec] = layer.nbytes
-            for step in plan.steps:
-                if step.layer in new and step.encode is not None:
-                    name = f"{step.layer} as {new[step.layer]}"
-                    self.named[name] = step.layer, new[step.layer]
-                    encode = replace(step.encode, gptq=False, weighted_error=True)
-                    trial = replace(step, layer=name, encode=encode)
-                    steps[step.layer].append(trial)
-        free = [layer for layer, specs in self.tried.items() if len(specs) > 1]
-        self.plan = replace(base, steps=tuple(step for layer in free for step in steps[layer]))
+        self.tried: dict[str, dict[str, int]] = {x.layer: {} for x in self.base.layers}
+        # Layer -> spec of a candidate -> the steps that encode it; none where codes stay.
+        self.steps: dict[str, dict[str, list[Step]]] = defaultdict(dict)
+        for layers in _candidates(laid_out, self.base, options):
+            for layer, target, steps in layers:
+                spec = "" if target is None else format_spec(target)
+                if not spec or spec in self.tried[layer.layer]:
+                    continue
+                self.tried[layer.layer][spec] = layer.nbytes
+                encoding = [step for step in steps if step.encode is not None]
+                if encoding:
+                    self.steps[layer.layer][spec] = encoding
 
-    def problems(self, found: Mapping[str, LayerStats]) -> dict[str, Problem]:
-        """A problem for each layer that holds NaN or infinity."""
-        stats = {self.named[name][0]: x for name, x in found.items() if x.is_not_a_number}
+    def run(self, run: RunOptions, kept: MeasuredErrors) -> dict[str, Problem]:
+        """Measure the layers that were not; return a problem for each with NaN or infinity."""
+        trials = [
+            trial
+            for layer, specs in self.tried.items()
+            if len(specs) > 1 and not kept.layers.get(layer, {}).keys() >= self.steps[layer].keys()
+            for trial in trials_of(layer, self.steps[layer])
+        ]
+        if not trials:
+            return {}
+        steps = tuple(trial.dense_step(number) for number, trial in enumerate(trials))
+        plan = replace(self.base, steps=steps)
+        sink = CandidateErrors(trials, kept.add)
+        limits = plan_resources(plan, run.threads, run.max_memory, run.chunk_bytes)
+        try:
+            found = run_plan(plan, self.source, sink, limits, run.progress).findings
+        finally:
+            kept.save()
+        stats = {layer: x for layer, x in found.items() if x.is_not_a_number}
+        stats = sink.nonfinite | stats  # stored scales say more than the values behind them
         return {layer: x.nonfinite_problem(layer) for layer, x in stats.items()}
 
-    def collect(self, found: Mapping[str, LayerStats]) -> Measured:
+    def collect(self, errors: Mapping[str, Errors]) -> Measured:
         """The candidates with their errors."""
-        errors: dict[str, dict[str, LayerStats]] = {layer: {} for layer in self.tried}
-        for name, stats in found.items():
-            layer, spec = self.named[name]
-            errors[layer][spec] = stats
         layers: dict[str, tuple[Candidate, ...]] = {}
         for layer, specs in self.tried.items():
-            squares = {spec: x.squared_error for spec, x in errors[layer].items()}
-            energy = max((x.squared_values for x in errors[layer].values()), default=0.0)
-            if len(specs) > 1:
-                layers[layer] = tuple(
-                    Candidate(
-                        spec, nbytes, _six_digits(squares.get(spec, 0.0)), _six_digits(energy)
-                    )
-                    for spec, nbytes in specs.items()
-                )
+            if len(specs) < 2:
+                continue
+            found = {spec: errors[layer][spec] for spec in self.steps[layer]}
+            energy = _six_digits(max((values for _, values in found.values()), default=0.0))
+            layers[layer] = tuple(
+                Candidate(spec, nbytes, _six_digits(found.get(spec, (0.0, 0.0))[0]), energy)
+                for spec, nbytes in specs.items()
+            )
         free = [x for x in self.base.layers if x.layer in layers]
         return Measured(
             parameters=self.base.parameters,
@@ -131,15 +147,26 @@ class _TrialRun:
         return _spec_of(self.base, layer) or ("skip" if is_excluded else "")
 
 
-def _candidate_plans(base: Plan, checkpoint: Checkpoint, options: ConvertOptions) -> Iterator[Plan]:
-    """A plan for each candidate, applied to all layers; codes that stay have no error."""
+def _candidates(
+    laid_out: LaidOut, base: Plan, options: ConvertOptions
+) -> Iterator[list[LayerTrial]]:
+    """The layers under each candidate, applied to all of them; codes that stay have no error."""
+    made_for = without_budget(options).quantization
+    assert made_for is not None
     if any(x.treatment not in (Treatment.DENSE, Treatment.QUANTIZED) for x in base.layers):
         with suppress(UsageError):  # not all of this source's codes can stay
-            yield make_plan(checkpoint, _with_uniform_target(options, None))
+            yield try_layers(laid_out, _with_uniform_target(options, None))
     groups = GROUP_SIZES if options.quantization is None else (options.quantization.group_size,)
-    for group_size, bits in product(groups, BITS):
-        candidate = _with_uniform_target(options, Quantization.affine(group_size, bits))
-        yield make_plan(checkpoint, candidate, is_trial=True)
+    for group_size in groups:
+        first, layout = made_for, laid_out
+        for bits in BITS:
+            target = Quantization.affine(group_size, bits)
+            candidate = _with_uniform_target(options, target)
+            same = with_target(layout.chosen, first, target)
+            if same is None:  # once for this group size
+                first, layout = target, lay_out(laid_out.checkpoint, candidate)
+                same = layout.chosen
+            yield try_layers(layout._replace(chosen=same), candidate)
 
 
 def _with_uniform_target(options: ConvertOptions, target: Quantization | None) -> ConvertOptions:

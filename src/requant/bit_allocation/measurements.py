@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+Errors = Mapping[str, tuple[float, float]]
+"""Candidate of a layer -> its squared error, summed over the weights, and the squared weights."""
+
+_SAVE_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +36,55 @@ class Measured:
     sizes: Mapping[str, int]  # how many weights these hold
     tied_groups: tuple[tuple[str, ...], ...]  # the same layers in runs that take one candidate
 
-    @classmethod
-    def load(cls, file: Path, key: str) -> Measured | None:
-        """Read measurements; None where the file holds none, or those of another key."""
-        try:
-            data = json.loads(file.read_bytes())
-            if data.pop("key") != key:
-                return None
-            layers = {x: tuple(Candidate(*y) for y in rows) for x, rows in data["layers"].items()}
-            tied_groups = tuple(map(tuple, data["tied_groups"]))
-            return cls(**(data | {"layers": layers, "tied_groups": tied_groups}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
 
-    def save(self, file: Path, key: str) -> None:
-        """Write the measurements, whole or not at all.
+class MeasuredErrors:
+    """The errors of the layers that were measured so far.
+
+    They are written to a file every ten seconds, or less often where that takes long, so that a
+    stopped run resumes with them.
+
+    Args:
+        file: Read if it has the same key; None keeps nothing.
+        key: A hash of all that the errors depend on.
+    """
+
+    def __init__(self, file: Path | None, key: str) -> None:
+        self.layers: dict[str, Errors] = {}
+        self._file, self._key = file, key
+        self._due_s = time.monotonic() + _SAVE_INTERVAL_S
+        if file is not None:
+            self._load(file)
+
+    def _load(self, file: Path) -> None:
+        """Read the file; one that holds none, or those of another key, is as good as none."""
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            data = json.loads(file.read_bytes())
+            if data["key"] == self._key:
+                self.layers = {
+                    layer: {spec: (float(x), float(y)) for spec, (x, y) in errors.items()}
+                    for layer, errors in data["layers"].items()
+                }
+
+    def add(self, layer: str, errors: Errors) -> None:
+        """Add a layer."""
+        self.layers[layer] = errors
+        if time.monotonic() >= self._due_s:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file, whole or not at all.
 
         A disk that cannot be written is not an error: the next run measures again.
         """
-        layers = {layer: [*map(astuple, found)] for layer, found in self.layers.items()}
-        fresh = file.with_name(file.name + ".new")
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps({"key": key} | asdict(self) | {"layers": layers}))
-            fresh.replace(file)
+        began = time.monotonic()
+        if self._file is not None:
+            fresh = self._file.with_name(self._file.name + ".new")
+            with suppress(OSError):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                fresh.write_text(json.dumps({"key": self._key, "layers": self.layers}))
+                fresh.replace(self._file)
+        now = time.monotonic()
+        self._due_s = now + max(_SAVE_INTERVAL_S, 20 * (now - began))
 
 
 def measurements_path(output: Path) -> Path:

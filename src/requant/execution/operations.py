@@ -99,7 +99,7 @@ def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffer
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
         stats.overflowed = values.cast_into(dense, wanted)
         dense = wanted
-    return _quantize(chunk, dense, outputs, buffers, stats)
+    return encode_rows(chunk, dense, outputs, buffers, stats)
 
 
 def _decode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
@@ -117,7 +117,7 @@ def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffer
     dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
     assert step.source is not None
     _dequantize(step.source, inputs, dense, buffers)
-    return _quantize(chunk, dense, outputs, buffers, LayerStats())
+    return encode_rows(chunk, dense, outputs, buffers, LayerStats())
 
 
 def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
@@ -144,7 +144,7 @@ def _dequantize(
         values.cast_into(wide, dense)
 
 
-def _quantize(
+def encode_rows(
     chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: WorkerBuffers, stats: LayerStats
 ) -> LayerStats:
     """Encode, and measure the quantization error while the values are in the cache."""
@@ -232,7 +232,7 @@ def _run_packed(
     strided.copy_selected_rows()
     if step.operation is Operation.DECODE:
         return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
-    return _quantize(chunk, results["weight"], outputs, buffers, LayerStats())
+    return encode_rows(chunk, results["weight"], outputs, buffers, LayerStats())
 
 
 class _StridedOutput:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from requant.checkpoints.checkpoint import Checkpoint
-from requant.core.reasons import Note, NoteCode
+from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.errors import CheckpointError
 from requant.formats import SourceLayer, SourceLayout
 from requant.layouts.head_names import find_pair
@@ -148,6 +148,38 @@ def why_not_mlx_lm(chosen: LayoutResult, options: ConvertOptions) -> str:
     except CheckpointError as error:
         return _first_problem(error)
     return ""
+
+
+def with_target(
+    chosen: LayoutResult, before: Quantization, target: Quantization
+) -> LayoutResult | None:
+    """A layout that was made for the target ``before`` as it is for another one, of the same mode.
+
+    The names and shapes are the same. A library's layers that took ``before`` take ``target``, or
+    stay dense where its group size does not divide their inputs.
+
+    Returns:
+        The layout; None where it has to be made again, because layers were left dense whose inputs
+        only the other group size divides.
+    """
+    if chosen.relayout is None or before == target:
+        return chosen
+    library = chosen.relayout.layout
+    inputs = {layer.path: layer.shape[-1] for layer in chosen.layout.layers if layer.shape}
+    fitting = {path for path, n_in in inputs.items() if n_in % target.group_size == 0}
+    left = {x for x, why in library.dense_reasons.items() if why.code is ReasonCode.NO_GROUP_SIZE}
+    if left & fitting:
+        return None
+    targets, reasons = dict(library.targets), dict(library.dense_reasons)
+    for path in [x for x, own in targets.items() if own == before and x in inputs]:
+        if path in fitting:
+            targets[path] = target
+        else:
+            del targets[path]
+            text = f"last axis {inputs[path]} is not a multiple of group {target.group_size}"
+            reasons[path] = Reason(ReasonCode.NO_GROUP_SIZE, text)
+    library = replace(library, targets=targets, dense_reasons=reasons)
+    return replace(chosen, relayout=replace(chosen.relayout, layout=library))
 
 
 def _source_layout(

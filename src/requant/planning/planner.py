@@ -8,6 +8,7 @@ and ``notes`` tells the user about consequences.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import PurePath
@@ -39,6 +40,7 @@ from requant.planning.shard_layout import assign_offsets
 from requant.planning.steps import fidelity, intermediate_steps, layer_steps
 from requant.planning.target_selection import LayerDecision, TargetSelector
 from requant.planning.unnamed_matrices import UnnamedMatrices, find_unnamed_matrices
+from requant.quantization.config import Quantization
 from requant.quantization.options import ConvertOptions
 
 _CODES_WIDENED = Reason(
@@ -58,8 +60,21 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool
     return plan_with_source(checkpoint, options, is_trial=is_trial).plan
 
 
-@without_collections()
-@regex_time_budget()
+class LaidOut(NamedTuple):
+    """A source whose layers have the names and shapes of the output."""
+
+    checkpoint: Checkpoint  # the source
+    format: str
+    chosen: LayoutResult
+
+    def selector(self, options: ConvertOptions) -> TargetSelector:
+        """Selects the target of each layer by these options."""
+        chosen = self.chosen
+        return TargetSelector(
+            chosen.checkpoint, self.format, chosen.layout, options, chosen.relayout
+        )
+
+
 def plan_with_source(
     checkpoint: Checkpoint, options: ConvertOptions, *, is_trial: bool = False
 ) -> Planned:
@@ -71,14 +86,29 @@ def plan_with_source(
         CheckpointError: With all problems of the source.
         UsageError: With all options that cannot be met.
     """
+    return plan_laid_out(lay_out(checkpoint, options), options, is_trial=is_trial)
+
+
+@without_collections()
+@regex_time_budget()
+def lay_out(checkpoint: Checkpoint, options: ConvertOptions) -> LaidOut:
+    """Read the layers of a checkpoint and choose their names and shapes in the output.
+
+    Raises:
+        CheckpointError: With all problems of the source.
+    """
     read = read_source(checkpoint)
     if read.layout.problems:
         raise CheckpointError(str(read.checkpoint.source), read.layout.problems)
     layout = read.layout.without_rotations() if options.fold_rotation else read.layout
-    chosen = choose_layout(read.checkpoint, layout, options)
-    selector = TargetSelector(
-        chosen.checkpoint, read.format, chosen.layout, options, chosen.relayout
-    )
+    return LaidOut(checkpoint, read.format, choose_layout(read.checkpoint, layout, options))
+
+
+@without_collections()
+@regex_time_budget()
+def plan_laid_out(laid_out: LaidOut, options: ConvertOptions, *, is_trial: bool = False) -> Planned:
+    """Plan as ``plan_with_source`` does, in a layout that was made for these options."""
+    chosen, selector = laid_out.chosen, laid_out.selector(options)
     decisions = selector.select()
     unnamed = _check_decisions(selector, decisions, chosen.rejection, is_trial=is_trial)
     layers, unplaced, notes = _plan_layers(selector, decisions)
@@ -94,7 +124,7 @@ def plan_with_source(
     side_files = (*source.side_files, *voices)
     plan = Plan(
         source=str(source.source),
-        format=read.format,
+        format=laid_out.format,
         files=source.files,
         layers=tuple(layers),
         steps=tuple(steps),
@@ -115,6 +145,36 @@ def plan_with_source(
     )
     plan = replace(plan, notes=tuple(_notes(plan, chosen, selector, decisions, unnamed)))
     return Planned(plan, PlanSource(source, relayout))
+
+
+class LayerTrial(NamedTuple):
+    """A layer under one of several candidates."""
+
+    plan: LayerPlan
+    target: Quantization | None  # its quantization; None for dense
+    steps: tuple[Step, ...]  # without files and offsets
+
+
+@without_collections()
+@regex_time_budget()
+def try_layers(laid_out: LaidOut, options: ConvertOptions) -> list[LayerTrial]:
+    """The layers as a plan would have them, without the rest of the plan.
+
+    Raises:
+        UsageError: There is no target, and codes of the source cannot stay.
+    """
+    selector = laid_out.selector(options)
+    decisions = selector.select()
+    if options.quantization is None:
+        _check_decisions(selector, decisions, laid_out.chosen.rejection, is_trial=False)
+    layers, steps, _ = _plan_layers(selector, decisions)
+    steps_of = defaultdict[str, list[Step]](list)
+    for step in steps:
+        steps_of[step.layer].append(step)
+    return [
+        LayerTrial(layer, decision.target, tuple(steps_of[layer.layer]))
+        for layer, decision in zip(layers, decisions, strict=True)
+    ]
 
 
 def _check_decisions(

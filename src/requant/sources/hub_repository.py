@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from requant.checkpoints.adapters import ADAPTER_CONFIG, describe_adapter, is_adapter_file
-from requant.checkpoints.checkpoint import Checkpoint, FileRange, OpenedSource
+from requant.checkpoints.byte_ranges import FileRange
+from requant.checkpoints.checkpoint import Checkpoint, OpenedSource
 from requant.checkpoints.folder_files import (
     CONFIG,
     INDEX,
@@ -46,13 +47,12 @@ from requant.sources.hub_listing import (
     metadata_dir,
     write_metadata,
 )
+from requant.sources.hub_ranges import STREAMS, SmallRanges
 from requant.sources.hub_storage import SUFFIX, HubCache, RemoteFile, TemporaryStorage
 from requant.sources.open import as_checkpoint, read_checkpoint
 
 _FIRST_BYTES = 128 << 10  # of a weight file: most headers are shorter
 CARD = "README.md"
-_STREAMS = 8  # headers that are fetched at a time
-_FETCHED_BYTES = 64 << 20  # of small tensors that are cached
 
 
 def find_repository(
@@ -179,7 +179,7 @@ class Repository:
     ) -> None:
         self.name, self.commit, self.sizes = name, commit, sizes
         self.digests, self.gguf, self.mmproj = digests or {}, gguf, mmproj
-        self._fetched: dict[FileRange, bytes] = {}
+        self._fetch = SmallRanges(self._read_part)
 
     # -- headers -------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class Repository:
         folder = metadata_dir(self.name) / self.commit
         self._check_adapter()
         missing = [file for file in self.sizes if not (folder / file).exists()]
-        with ThreadPoolExecutor(_STREAMS) as pool:
+        with ThreadPoolExecutor(STREAMS) as pool:
             list(pool.map(partial(self._write_header_stub, folder), missing))
         if self.gguf:
             taken = None if config_from is None else Path(config_from)
@@ -245,14 +245,9 @@ class Repository:
             content = ahead.content[:nbytes]
         write_metadata(folder / file, content, size, folder.parent / "new")
 
-    def _fetch(self, part: FileRange) -> bytes:
-        if part in self._fetched:
-            return self._fetched[part]
-        start, stop = part.offset, part.offset + part.nbytes
-        data = read_range(self.name, self.commit, self._below + part.file, start, stop)
-        if sum(map(len, self._fetched.values())) + len(data) <= _FETCHED_BYTES:
-            self._fetched[part] = data
-        return data
+    def _read_part(self, part: FileRange) -> bytes:
+        """A range of a weight file, by one request."""
+        return self._bytes(self._below + part.file, part.offset, part.offset + part.nbytes)
 
     def _bytes(self, file: str, start: int, stop: int) -> bytes:
         return read_range(self.name, self.commit, file, start, stop)
