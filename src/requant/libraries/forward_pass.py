@@ -7,11 +7,12 @@ the text, or else through its tower alone. What was not run is named, with the r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from requant.libraries.generation_step import read_prompt
 from requant.libraries.loading import Module
 from requant.libraries.sample_inputs import TOKENS, Sample, SampleInputs
 from requant.libraries.surroundings import cpu, quiet
@@ -142,19 +143,8 @@ def _text_runs(model: Module, ids: str, samples: SampleInputs) -> Iterator[_Run]
     label, tokens = f"text, {TOKENS} tokens", samples.token_ids()
     yield _Run(model, label, {ids: tokens})
     if "mlx_vlm" in type(model).__module__ and hasattr(model, "get_input_embeddings"):
-        yield _Run(_generation_step(model), label, {"input_ids": tokens})
-
-
-def _generation_step(model: Module) -> Callable[[mx.array], Any]:
-    """Embeddings, then the language model with a cache, as mlx-vlm generates."""
-
-    def step(input_ids: mx.array) -> Any:
-        cache = import_module("mlx_vlm.models.cache").make_prompt_cache(model.language_model)
-        embedded = model.get_input_embeddings(input_ids, None, mask=None)
-        values = {name: x for name, x in vars(embedded).items() if x is not None}
-        return model.language_model(input_ids, cache=cache, **values)
-
-    return step
+        step = partial(read_prompt, model, inputs={})
+        yield _Run(step, label, {"ids": tokens})
 
 
 def _run_first(what: str, runs: Iterator[_Run], result: ForwardPass) -> None:
