@@ -12,10 +12,6 @@ class Modalities(NamedTuple):
     images: bool
     sound: bool
 
-    def __bool__(self) -> bool:
-        """Whether it takes either."""
-        return any(self)
-
 
 def modalities(config: Mapping[str, Any]) -> Modalities:
     """The inputs other than text that a config describes, itself or one of its parts."""

@@ -23,6 +23,7 @@ from requant.execution.runner import options_for_retry, run_once
 from requant.execution.sink import TensorOffsets
 from requant.libraries import MLX_LM
 from requant.libraries.loading import check_installed
+from requant.planning.layout_selection import vision_part
 from requant.planning.plan import Plan
 from requant.planning.planner import Planned, plan_with_source
 from requant.quantization.config import Quantization
@@ -166,7 +167,7 @@ def convert_in_memory(
     options = allocate_bits(opened, options, run)
     while True:
         planned = plan_with_source(
-            as_checkpoint(opened, options.config_from, mmproj=options.vision_part), options
+            as_checkpoint(opened, options.config_from, mmproj=vision_part(options)), options
         )
         sink = ArraySink(planned.plan)
         attempt = run_once(planned, sink, options, run)
