@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from requant.importance.reader import read_statistics
 from requant.importance.statistics_file import Importance
 from requant.mlx_vlm.image_prompts import image_prompts
 from tests.support.library_models import write_model, write_processor
+from tests.support.processors import FAMILIES, write_seeing_model
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about settings of configs
 TEXT = "A file holds bytes, and a tensor is a run of them with a shape. " * 30
 RUN: dict[str, Any] = {"tokens": 96, "window": 48}
 LAYER = "language_model.model.layers.1.mlp.down_proj"
@@ -44,6 +48,27 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
+class Inputs:
+    """The inputs of each linear layer of a model, ``(tokens, in)`` a call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.rows: dict[str, list[np.ndarray]] = {}
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        original = nn.Linear.__call__
+
+        def call(layer: nn.Linear, x: mx.array) -> mx.array:
+            rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+            self.rows.setdefault(self.paths[id(layer)], []).append(rows)
+            return original(layer, x)
+
+        with MonkeyPatch.context() as patch:
+            patch.setattr(nn.Linear, "__call__", call)
+            yield
+
+
 def by_hand(source: Path, prompts: list[tuple[str, list[Path]]]) -> dict[str, list[np.ndarray]]:
     """The inputs of each linear layer, ``(tokens, in)``: mlx-vlm's own model and processor."""
     from mlx_vlm import utils
@@ -51,16 +76,8 @@ def by_hand(source: Path, prompts: list[tuple[str, list[Path]]]) -> dict[str, li
     model = utils.load_model(source)
     model.set_dtype(mx.float32)
     processor = utils.load_processor(source)
-    paths = {id(module): path for path, module in model.named_modules()}
-    taken: dict[str, list[np.ndarray]] = {}
-    original = nn.Linear.__call__
-
-    def call(layer: nn.Linear, x: mx.array) -> mx.array:
-        taken.setdefault(paths[id(layer)], []).append(np.array(x).reshape(-1, x.shape[-1]))
-        return original(layer, x)
-
-    with MonkeyPatch.context() as patch:
-        patch.setattr(nn.Linear, "__call__", call)
+    taken = Inputs(model)
+    with taken.collected():
         for text, images in prompts:
             if not images:
                 mx.eval(model(mx.array([processor.tokenizer.encode(text)])).logits)
@@ -70,7 +87,7 @@ def by_hand(source: Path, prompts: list[tuple[str, list[Path]]]) -> dict[str, li
             pixels = mx.array(given["pixel_values"])
             ids = mx.array(given["input_ids"])
             mx.eval(model(ids, pixels, image_grid_thw=grid).logits)
-    return taken
+    return taken.rows
 
 
 ONE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -120,6 +137,70 @@ def test_the_same_file_on_each_run(source: Path, tmp_path: Path) -> None:
     Image.new("RGB", (56, 84), (250, 10, 10)).save(tmp_path / "images/b.png")
     requant.calibrate(source, outs[2], texts, images=[tmp_path / "images/b.png"], **RUN)
     assert outs[0].read_bytes() != outs[2].read_bytes()
+
+
+# mlx-vlm 0.7.10's processor of LLaVA passes ``padding`` to an image processor that rejects it.
+WITH_PROCESSORS = [family for family in FAMILIES if family != "llava"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", WITH_PROCESSORS)
+def test_statistics_of_a_family(family: str, source: Path, tmp_path: Path) -> None:
+    """Against the class's own call, without a cache; and the bytes of a second run."""
+    from mlx_vlm import utils
+
+    files = write_seeing_model(family, tmp_path / family)
+    images, rows = tmp_path / "images", tmp_path / "only.jsonl"
+    rows.write_text(json.dumps({"image": "images/b.png", "text": "A pattern."}))
+    run = RUN | {"images": [images / "a.png"]}
+    outs = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for out in outs:
+        found = requant.calibrate(tmp_path / family, out, rows, **run)
+    assert (found.images, found.windows) == (2, 2) and found.not_observed == ()
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+    model = utils.load_model(tmp_path / family)
+    model.set_dtype(mx.float32)
+    processor = utils.load_processor(tmp_path / family)
+    question = "Describe this image."
+    is_last = family in ("qwen2_vl", "gemma3")  # mlx-vlm puts the image after the text
+    asked = question + files.image if is_last else files.image + question
+    taken = Inputs(model)
+    with taken.collected():
+        for text, image in ((asked, "a.png"), (f"{asked}A pattern.", "b.png")):
+            given = utils.prepare_inputs(
+                processor, images=[str(images / image)], prompts=text, add_special_tokens=True
+            )
+            ids, pixels, mask = (
+                given.pop(name) for name in ("input_ids", "pixel_values", "attention_mask")
+            )
+            if family == "gemma3":  # its own call lets text see what follows; generation does not
+                embedded = model.get_input_embeddings(ids, pixels, mask).inputs_embeds
+                mx.eval(model.language_model(ids, inputs_embeds=embedded).logits)
+                continue
+            mx.eval(model(ids, pixels, mask=mask, **given).logits)
+    statistics = read_statistics(outs[0])
+    layers = [path for path in taken.rows if path.startswith("language_model.")]
+    assert len(layers) >= 2 * 7
+    for layer in layers:
+        x = np.concatenate(taken.rows[layer]).astype(np.float64)
+        importance = statistics.find(layer, (1, x.shape[1]))
+        assert isinstance(importance, Importance) and found.tokens == len(x), layer
+        expected = (x * x).mean(0)
+        room = 1e-3 * expected.max()
+        np.testing.assert_allclose(importance.weights(0), expected, rtol=5e-3, atol=room)
+
+
+def test_a_processor_that_fails(source: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    from mlx_vlm import utils
+
+    def prepare_inputs(*_: Any, **__: Any) -> None:
+        raise ValueError("height:1 or width:9 must be larger than 28")
+
+    monkeypatch.setattr(utils, "prepare_inputs", prepare_inputs)
+    run = RUN | {"images": [tmp_path / "images/a.png"]}
+    with pytest.raises(BackendError, match=r"a\.png: the processor Qwen2VLProcessor rejects it: h"):
+        requant.calibrate(source, tmp_path / "s.safetensors", **run)
 
 
 def test_rows_become_conversations(source: Path) -> None:
