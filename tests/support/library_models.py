@@ -128,12 +128,14 @@ def write_tokenizer(
 
     Args:
         folder: Where to.
-        special: Special tokens by their ids, from 299 on.
+        special: Special tokens by their ids, above those of the bytes; between them are unused
+            ones, without which the ids would be other ones.
         settings: Of ``tokenizer_config.json``.
     """
     alphabet = [*map(chr, range(ord("!"), ord("~") + 1)), "Ġ", "Ċ"]
     vocabulary = {token: at for at, token in enumerate(alphabet)}
     vocabulary |= {f"t{at}": at for at in range(len(alphabet), min(special))}
+    unused = {at: f"<unused{at}>" for at in range(min(special), max(special))}
     tokenizer = {
         "version": "1.0",
         "added_tokens": [
@@ -146,7 +148,7 @@ def write_tokenizer(
                 "normalized": False,
                 "special": True,
             }
-            for at, token in special.items()
+            for at, token in sorted({**unused, **special}.items())
         ],
         "pre_tokenizer": _BYTE_LEVEL,
         "decoder": _BYTE_LEVEL,
