@@ -1,4 +1,4 @@
-"""Files next to the weights: copied from the source, where a library's convert saves some anew.
+"""Files next to the weights: copied from the source, where a library's convert saves some again.
 
 ``save_pretrained`` of a processor needs PyTorch for many, and what it writes depends on the version
 of transformers that is installed. What each library's own convert leaves in a folder is compared
