@@ -13,7 +13,8 @@ import pytest
 import requant
 from requant.api.compare import LayerComparison
 from requant.errors import CheckpointError, ParseError, UsageError
-from requant.mlx_lm.evaluation import Estimate, evaluate, read_documents, read_tokens
+from requant.mlx_lm.documents import read_documents
+from requant.mlx_lm.evaluation import Estimate, evaluate, read_tokens
 from tests.support.number_formats import bf16
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "micro-llama"

@@ -117,7 +117,7 @@ def test_generate_says_what_is_missing(requant: Requant, model: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     result = requant("generate", MICRO_LLAMA, "--prompt", "x")
     assert (result.code, result.out) == (1, "")
-    assert "mlx-lm is not installed (pip install 'requant[mlx]')" in result.err
+    assert "mlx-lm: is not installed (pip install 'requant[mlx]')" in result.err
 
 
 # -- convert ---------------------------------------------------------------------------

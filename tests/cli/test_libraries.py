@@ -87,3 +87,26 @@ def test_an_image_that_cannot_be_read(requant: Requant, source: Path, tmp_path: 
     (tmp_path / "image.png").write_text("text")
     found = requant("generate", source, "--image", tmp_path / "image.png", "-p", "a")
     assert found.code == 2 and "image.png cannot be read as an image" in found.err
+
+
+@pytest.mark.slow
+def test_statistics_and_losses_about_an_image(
+    requant: Requant, source: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    levels = np.arange(84 * 112 * 3, dtype=np.uint32).reshape(84, 112, 3) * 37 % 256
+    for name in ("a.png", "b.png"):
+        Image.fromarray(levels.astype(np.uint8)).save(tmp_path / name)
+    (tmp_path / "text.txt").write_text("A file holds bytes. " * 20)
+    images = ("--image", tmp_path / "a.png", "--image", tmp_path / "b.png")
+    texts = ("--text", tmp_path / "text.txt", "--tokens", "64", "--window", "32")
+    out, statistics = tmp_path / "out", tmp_path / "s.safetensors"
+    made = requant("calibrate", source, "-o", statistics, *texts, *images)
+    assert made.code == 0, made.err
+    assert "2 with images" in made.out and "images are run through all of it" in made.out
+    options = ("--bits", "4", "--layout", "mlx-vlm", "--imatrix", statistics)
+    assert requant("convert", source, out, *options).code == 0
+    found = requant("compare", source, out, *images, "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["evaluation"]["windows"] == 2

@@ -211,6 +211,10 @@ def test_each_library_names_what_is_missing(library: str, tmp_path: Path) -> Non
     with pytest.raises(LayoutError, match="1 parameter without a tensor of the source") as caught:
         library_layout(adapter, Shown(shown.config, rest), REQUEST)
     assert str(caught.value).endswith(missing.removeprefix("model."))
+    assert caught.value.unmatched == (missing,)
+    with pytest.raises(LayoutError, match=r" parameters without .* and [\d,]+ more$") as caught:
+        library_layout(adapter, Shown(shown.config, dict([*shown.tensors.items()][:2])), REQUEST)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("library", MODELS)

@@ -13,10 +13,12 @@ from mlx.utils import tree_flatten
 
 from requant.api.convert import convert, plan
 from requant.errors import CheckpointError, UnknownValueError
-from requant.quantization.config import Quantization
+from requant.libraries import MLX_LM
+from requant.quantization.config import PerLayerQuantization, Quantization
 from tests.support.checkpoints import model, tree
 from tests.support.families import small_config
 from tests.support.hub_forms import FORMS
+from tests.support.library_conversion import convert_both_ways
 from tests.support.mlx_lm_conversion import (
     MLX,
     class_checkpoint,
@@ -192,7 +194,12 @@ def test_a_folder_in_mlx_lm_s_names_stays_so(options: dict, tmp_path: Path) -> N
         t.name: t.info for s in kept.shards for t in s.tensors
     }
     for key in ("quantization", "quantization_config"):
-        assert first.config.get(key) == kept.config.get(key)
+        blocks = [x.config.get(key) for x in (first, kept)]
+        assert (blocks[0] is None) == (blocks[1] is None)
+        if blocks[0] is not None:  # the library also names layers that equal its default
+            read = [PerLayerQuantization.from_dict(x) for x in blocks]
+            for path in {path for x in read for path in x.per_layer} | {"model.layers.0.mlp.other"}:
+                assert read[0].quantization_for(path) == read[1].quantization_for(path)
     assert ("quantization" in first.config) == (options != {"dequantize": True})
 
 
@@ -341,3 +348,19 @@ def test_a_kept_tower_of_codes_stays_codes(tmp_path: Path) -> None:
     assert "visual.blocks.0.scales" in {name for name, _ in listed}
     dense = plan(tmp_path / "first", dequantize=True, keep_extra=True)
     assert {x.treatment for x in dense.layers if x.layer == "visual.blocks.0"} == {"dequantized"}
+
+
+def test_the_library_s_own_block_of_a_quantized_source(tmp_path: Path) -> None:
+    """Where it describes what was decided: with a mixed recipe it names layers of the default."""
+    class_checkpoint(tmp_path / "class", small_config("minimax"))
+    weights = mx.load(str(tmp_path / "class" / "model.safetensors"))
+    mx.eval(weights)
+    source = tmp_path / "minimax"
+    write_mlx_checkpoint(source, small_config("minimax"), FORMS["minimax"](weights))
+    affine = Quantization.affine(32, 4)
+    result = convert_both_ways(MLX_LM, source, tmp_path / "work", affine, "mixed_4_6")
+    assert (result.requant_error, result.different) == ("", [])
+    options = {"recipe": "mixed_4_6", "group_size": 32, "overrides": ["embed_tokens=8"]}
+    convert(source, tmp_path / "other", layout="mlx-lm", **options)
+    block = json.loads((tmp_path / "other" / "config.json").read_text())["quantization"]
+    assert block["model.embed_tokens"]["bits"] == 8

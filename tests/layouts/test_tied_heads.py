@@ -21,6 +21,7 @@ from requant.layouts.same_values import same_values
 from requant.sources.open import read_checkpoint
 from tests.support.families import small_config
 from tests.support.layers import compressed_tensors as ct_layers
+from tests.support.library_models import write_model
 from tests.support.mlx_reference import load, same, to_mx
 from tests.support.number_formats import bf16
 from tests.support.plan_texts import note_texts
@@ -440,3 +441,23 @@ def test_an_option_that_names_a_tied_head_is_pointed_to_the_embedding(
     plan = requant.plan(source, bits=4, layout=layout, overrides=["embed_tokens=6"])
     found = {layer.layer: layer.target for layer in plan.layers}
     assert found["model.embed_tokens"] == "affine 6-bit g64"
+
+
+@pytest.mark.parametrize("flag", [True, False, None])
+@pytest.mark.parametrize("has_head", [True, False])
+def test_an_embedding_of_another_shape_is_named(
+    flag: bool | None, has_head: bool, tmp_path: Path
+) -> None:
+    """Not the head, which no variant of the flag lets the class place either."""
+    weights = write_model("mlx-vlm", tmp_path)
+    name, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+    weights[name] = mx.zeros((384, 120), mx.bfloat16)
+    if not has_head:
+        del weights[head]
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": flag}
+    config = {key: value for key, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for layout in ("mlx-vlm", "mlx-lm"):
+        with pytest.raises(CheckpointError, match=r"\(384, 120\) for parameter .*embed_tokens"):
+            requant.plan(tmp_path, bits=4, layout=layout)

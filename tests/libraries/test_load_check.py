@@ -13,9 +13,10 @@ from mlx.utils import tree_flatten
 
 import requant
 from requant.errors import CheckpointError, Problem
-from requant.libraries import Library, loading
+from requant.libraries import MLX_VLM, Library, loading
 from requant.libraries.forward_pass import forward
 from requant.libraries.load_check import check_load
+from tests.support.class_models import class_checkpoint
 from tests.support.library_models import MODELS, write_model
 from tests.support.mlx_reference import as_bytes
 
@@ -240,4 +241,49 @@ def test_a_class_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(llama.Model, "__call__", call)
     (problem,) = check_load(tmp_path, "mlx-lm").problems
-    assert problem.message == "the forward pass fails: text (KeyError: 'rope')"
+    expected = "its class for model_type 'llama' fails: text (KeyError: 'rope')"
+    assert problem.message == expected
+
+
+def test_a_class_that_fails_is_named_with_its_line(tmp_path: Path) -> None:
+    """Command R's class takes the mask of a layer that a model of two layers does not have."""
+    class_checkpoint(MLX_VLM, "mlx_vlm.models.cohere2", tmp_path / "cohere2")
+    config = json.loads((tmp_path / "cohere2" / "config.json").read_text())
+    config |= {"sliding_window_pattern": 4}
+    (tmp_path / "cohere2" / "config.json").write_text(json.dumps(config))
+    (problem,) = check_load(tmp_path / "cohere2", "mlx-vlm").problems
+    assert "class for model_type 'cohere2' fails: text (IndexError: list index" in problem.message
+    assert ", in mlx_vlm/models/cohere2/language.py, line " in problem.message
+
+
+def test_a_kernel_for_metal_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing of the model; what fails in another way does."""
+    write_model("mlx-lm", tmp_path)
+    from mlx_lm.models import llama
+
+    def call(self: object, inputs: mx.array, cache: object = None) -> None:
+        raise RuntimeError("[metal_kernel] No Metal back-end.")
+
+    monkeypatch.setattr(llama.Model, "__call__", call)
+    check = check_load(tmp_path, "mlx-lm")
+    assert check.ok and check.ran == ()
+    assert check.not_run == ("text (needs Metal, which this machine does not have)",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("aya_vision", {}),
+        ("aya_vision", {"model_type": "cohere2_vision"}),
+        ("cohere2", {}),
+        ("glm4v_moe", {}),
+        ("hunyuan_vl", {}),
+        ("minimax_m3_vl", {}),
+    ],
+)
+def test_families_whose_small_models_run(family: str, own: dict[str, str], tmp_path: Path) -> None:
+    """With sections of rotary positions and patterns of windows that fit the small sizes."""
+    class_checkpoint(MLX_VLM, f"mlx_vlm.models.{family}", tmp_path / family, own)
+    check = check_load(tmp_path / family, "mlx-vlm")
+    assert check.ok and check.ran[0] == "text, 8 tokens", check

@@ -115,7 +115,7 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UsageError):
         requant.mlx_lm.load(tmp_path / "m", bits=4, dequantize=True)
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
-    with pytest.raises(CheckpointError, match=r"mlx-lm is not installed .*requant\[mlx\]"):
+    with pytest.raises(CheckpointError, match=r"mlx-lm: is not installed .*requant\[mlx\]"):
         requant.mlx_lm.load(model("micro-llama"), bits=4)
 
 

@@ -12,15 +12,17 @@ from requant.core.reasons import NoteCode, Reason, ReasonCode
 from requant.errors import CheckpointError
 from requant.formats import SourceLayout, read_layout
 from requant.formats.base import dense_layer
-from requant.layouts.left_dense import modalities
+from requant.layouts.left_dense import modalities_of
 from requant.layouts.relayout import LibraryLayoutError, Relayout
 from requant.libraries import LIBRARIES, Library
 from requant.planning import layout_selection
 from requant.planning.layout_selection import (
     LayoutResult,
+    OtherLayout,
     candidates,
     choose_layout,
-    why_not_mlx_lm,
+    other_layout,
+    vision_part,
     with_target,
 )
 from requant.planning.planner import lay_out
@@ -51,13 +53,13 @@ def test_without_a_class_names_stay_and_the_reason_is_there(checkpoint: Checkpoi
     assert chosen.relayout is None
     assert [layer.path for layer in chosen.layout.layers] == ["model.up", "model.norm"]
     assert chosen.rejection == NO_CLASS
-    assert why_not_mlx_lm(chosen, ConvertOptions()) == NO_CLASS
+    assert other_layout(chosen, ConvertOptions()) == OtherLayout("", NO_CLASS)
 
 
 def test_names_that_were_asked_for_need_no_reason(checkpoint: Checkpoint) -> None:
     chosen = choose(checkpoint, "keep")
     assert (chosen.relayout, chosen.rejection) == (None, "")
-    assert why_not_mlx_lm(chosen, ConvertOptions()) == NO_CLASS
+    assert other_layout(chosen, ConvertOptions()) == OtherLayout("", NO_CLASS)
 
 
 def test_mlx_lm_s_layout_or_none(checkpoint: Checkpoint) -> None:
@@ -97,7 +99,7 @@ def test_candidates(
     tensors = {name: ("BF16", [128, 64]) for name in names}
     source = write_folder(tmp_path / "source", {"model.safetensors": tensors}, config=config)
     layout = read_layout(read_checkpoint(source))[1]
-    found = candidates(config, layout, *modalities(layout.layers, config))
+    found = candidates(config, layout, *modalities_of(layout.layers, config))
     assert [library.name for library in found] == expected
 
 
@@ -110,6 +112,46 @@ def rejecting(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
         raise LibraryLayoutError(checkpoint, library, f"{library.name} says no")
 
     monkeypatch.setattr(layout_selection, "_relayout", relayout)
+
+
+@pytest.mark.parametrize("library", ["mlx-vlm", "mlx-lm"])
+def test_the_layout_that_could_be_taken_instead(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that were asked for: of the libraries that ``auto`` tries, the first that works."""
+    monkeypatch.setattr(Library, "missing_class_reason", lambda *_: "")
+
+    def relayout(checkpoint: Checkpoint, _: object, tried: Library, __: object) -> None:
+        if tried.name != library:
+            raise LibraryLayoutError(checkpoint, tried, "no")
+
+    monkeypatch.setattr(layout_selection, "_relayout", relayout)
+    tensors = {name: ("BF16", [128, 64]) for name in (EMBEDDING, HEAD, VISION)}
+    source = write_folder(tmp_path / "source", {"model.safetensors": tensors}, config={})
+    chosen = choose(read_checkpoint(source), "keep")
+    assert other_layout(chosen, ConvertOptions()) == OtherLayout(library)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mmproj", "installed", "expected"),
+    [
+        ("auto", None, True, None),
+        ("auto", None, False, "none"),
+        ("auto", "a.gguf", False, "a.gguf"),
+        ("mlx-lm", None, True, "none"),
+        ("mlx-vlm", None, False, None),
+        ("keep", None, False, None),
+    ],
+)
+def test_the_vision_part_is_read_where_it_can_be_written(
+    layout: str,
+    mmproj: str | None,
+    installed: bool,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Library, "folder", Path() if installed else None)
+    assert vision_part(ConvertOptions(layout=layout, mmproj=mmproj)) == expected
 
 
 @pytest.mark.parametrize("library", ["mlx-vlm", "mlx-audio"])

@@ -107,6 +107,7 @@ _BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
 _CONV = {"layer_types": ["conv", "full_attention"]}
 _SIGLIP = {"vision_config": {"model_type": "siglip_vision_model"}}
 _CLIP = {"vision_config": {"model_type": "clip_vision_model"}}
+_XDROPE = {"xdrope_section": [4, 4, 4, 4]}  # halves of heads of 32
 _DEEPSEEK_VIT = {"vision_config": {"model_type": "vision"}}
 _PARAKEET = {
     "target": "nemo.collections.asr.models.rnnt_bpe_models.EncDecRNNTBPEModel",
@@ -132,6 +133,7 @@ _PARAKEET = {
 OWN: dict[str, dict[str, dict[str, Any]]] = {
     "mlx-vlm": {
         "aya_vision": _SIGLIP | {"text_config": {"sliding_window_pattern": 2}},
+        "cohere2": {"text_config": {"sliding_window_pattern": 2}, "sliding_window_pattern": 2},
         "colidefics3": {"vision_config": {"model_type": "idefics3"}},
         "d1": {"text_config": _CONV},
         "d1_omni": {"text_config": _CONV},
@@ -139,7 +141,9 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "deepseekocr": _DEEPSEEK_VIT,
         "deepseekocr_2": _DEEPSEEK_VIT,
         "gemma3n": {"text_config": {"intermediate_size": [128] * 4}},
-        "glm4v_moe": {"text_config": {"rope_parameters": {"rope_theta": 10000.0}}},
+        "glm4v_moe": {
+            "text_config": {"rope_parameters": {"rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+        },
         "glm5_next": {"text_config": {"num_key_value_heads": 4}, "num_key_value_heads": 4},
         "mimo_v2": {"text_config": mlx_lm_families.OWN["mimo_v2_flash"]},
         "paddleocr_vl": {"text_config": {"head_dim": 32, "hidden_act": "silu", "use_bias": False}},
@@ -148,6 +152,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
             "vision_config": {"image_size": 224},
             "text_config": {"sliding_window_pattern": 2},
         },
+        "hunyuan_vl": {"text_config": {"rope_scaling": _XDROPE}, "rope_scaling": _XDROPE},
         "internvl_chat": _SIGLIP,
         "kolibri1": _BOTH,
         "lfm2": _CONV,

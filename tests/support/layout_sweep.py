@@ -162,7 +162,7 @@ def _write_source(library_name: str, package: str, source: Path) -> None:
     if package != family:
         weights = mx.load(str(source / "model.safetensors"))
         mx.eval(weights)
-        mlx_lm_conversion.write_mlx_checkpoint(source, config, FORMS[family][0](weights))
+        mlx_lm_conversion.write_mlx_checkpoint(source, config, FORMS[family](weights))
 
 
 def examined(library_name: str, package: str, every: bool) -> Row:

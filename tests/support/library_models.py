@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -120,18 +121,21 @@ def write_model(library: str, folder: Path) -> dict[str, mx.array]:
     return weights
 
 
-def write_processor(folder: Path) -> None:
-    """Write a tokenizer of bytes, an image processor and a chat template of Qwen2-VL."""
+def write_tokenizer(
+    folder: Path, special: Mapping[int, str], settings: Mapping[str, object]
+) -> None:
+    """Write a tokenizer of bytes.
+
+    Args:
+        folder: Where to.
+        special: Special tokens by their ids, above those of the bytes; between them are unused
+            ones, without which the ids would be other ones.
+        settings: Of ``tokenizer_config.json``.
+    """
     alphabet = [*map(chr, range(ord("!"), ord("~") + 1)), "Ġ", "Ċ"]
-    special = {
-        300: "<|image_pad|>",
-        301: "<|video_pad|>",
-        302: "<|vision_start|>",
-        303: "<|vision_end|>",
-        304: "<|im_end|>",
-    }
     vocabulary = {token: at for at, token in enumerate(alphabet)}
-    vocabulary |= {f"t{at}": at for at in range(len(alphabet), 300)}
+    vocabulary |= {f"t{at}": at for at in range(len(alphabet), min(special))}
+    unused = {at: f"<unused{at}>" for at in range(min(special), max(special))}
     tokenizer = {
         "version": "1.0",
         "added_tokens": [
@@ -144,30 +148,37 @@ def write_processor(folder: Path) -> None:
                 "normalized": False,
                 "special": True,
             }
-            for at, token in special.items()
+            for at, token in sorted({**unused, **special}.items())
         ],
         "pre_tokenizer": _BYTE_LEVEL,
         "decoder": _BYTE_LEVEL,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }
-    files = {
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": "<|im_end|>",
-        },
-        "preprocessor_config.json": {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2VLProcessor",
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "min_pixels": 3136,
-            "max_pixels": 28224,
-        },
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_processor(folder: Path) -> None:
+    """Write a tokenizer of bytes, an image processor and a chat template of Qwen2-VL."""
+    special = {
+        300: "<|image_pad|>",
+        301: "<|video_pad|>",
+        302: "<|vision_start|>",
+        303: "<|vision_end|>",
+        304: "<|im_end|>",
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
+    write_tokenizer(folder, special, {"eos_token": "<|im_end|>"})
+    preprocessor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "min_pixels": 3136,
+        "max_pixels": 28224,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
         "{% for part in m['content'] %}{% if part['type'] == 'image' %}"

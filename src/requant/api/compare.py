@@ -15,19 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from requant.calibration.text_model import load_as_stored
+from requant.calibration.image_windows import ImageWindows
+from requant.calibration.text_model import load_as_stored, plan_text_model
 from requant.core.dtypes import NUMPY_DTYPE
 from requant.core.types import Source
 from requant.errors import CheckpointError, Problem, UsageError, error_action
 from requant.execution.executor import run_plan
 from requant.execution.resources import plan_resources
+from requant.mlx_lm.documents import read_documents
 from requant.mlx_lm.evaluation import (
     DEFAULT_TOKENS,
     DEFAULT_WINDOW,
     Evaluation,
+    Prompt,
     evaluate,
     read_tokens,
 )
+from requant.mlx_vlm.image_prompts import ImagePrompt, image_prompts
 from requant.planning.plan import OutputTensor, Plan, Step
 from requant.planning.planner import Planned, plan_with_source
 from requant.planning.release_order import subplan
@@ -91,6 +95,7 @@ def compare(
     b: Source,
     *,
     text: Source | None = None,
+    images: Sequence[Source] = (),
     tokens: int = DEFAULT_TOKENS,
     window: int = DEFAULT_WINDOW,
     threads: int | None = None,
@@ -103,8 +108,11 @@ def compare(
     Args:
         a: The reference model, usually the dense original.
         b: The other model.
-        text: A text or ``.jsonl`` file on which both are evaluated; needs mlx-lm.
-        tokens: Most tokens of it to read.
+        text: A text or ``.jsonl`` file on which both are evaluated; needs mlx-lm. A line of JSON
+            that also has ``image`` is a prompt about an image, as in ``calibrate``.
+        images: Image files, or folders of them: prompts too; needs mlx-vlm.
+        tokens: Most tokens of the text to read; and of the prompts about images, those that begin
+            within as many.
         window: Tokens per window; each window starts without context.
         threads: Worker threads; every processor by default.
         progress: Called with the name at hand, how many are done and how many there are.
@@ -124,8 +132,10 @@ def compare(
         >>> comparison = compare("Llama-3.2-1B", "Llama-3.2-1B-4bit")  # doctest: +SKIP
         >>> max(comparison.layers, key=lambda layer: layer.relative_rms or 0)  # doctest: +SKIP
     """
-    if text is not None:
-        Path(text).open("rb").close()  # fail before the long work
+    texts = [] if text is None else [Path(text)]
+    for path in texts:
+        path.open("rb").close()  # fail before the long work
+    prompts = image_prompts(map(Path, images), texts)
     planned = _plans(a, b)
     plans = [x.plan for x in planned]
     tensors_a, tensors_b = (_tensor_sources(plan) for plan in plans)
@@ -143,12 +153,10 @@ def compare(
         values = [_values(p, x, threads) for p, x in zip(planned, pair, strict=True)]
         layers.append(_compare_tensor(name, pair[0].tensor.info.shape, stored, values))
     evaluation = None
-    if text is not None:
-        model_a, tokenizer = load_as_stored(a, threads=threads)
-        ids = read_tokens(Path(text), tokenizer, tokens, window)
-        model_b, _ = load_as_stored(b, threads=threads)
+    if text is not None or prompts:
+        windows = _Windows(texts, tokens, window, prompts)
         count = None if progress is None else partial(progress, "window of text")
-        evaluation = evaluate(model_a, model_b, ids, count)
+        evaluation = _evaluate(a, b, windows, threads, count)
     return Comparison(
         a=str(a),
         b=str(b),
@@ -160,6 +168,44 @@ def compare(
         bits_per_weight_b=plans[1].bits_per_weight_in,
         evaluation=evaluation,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """What two models are evaluated on: at most one text, and prompts about images."""
+
+    texts: Sequence[Path]
+    tokens: int
+    window: int
+    prompts: Sequence[ImagePrompt]
+
+
+def _evaluate(
+    a: Source,
+    b: Source,
+    windows: _Windows,
+    threads: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> Evaluation:
+    """Load both models with the weights that they store, and evaluate them.
+
+    Raises:
+        UsageError: There are less than two windows.
+    """
+    with_images = bool(windows.prompts)
+    model_a, tokenizer = load_as_stored(a, with_images=with_images, threads=threads)
+    prompts: list[Prompt] = []
+    if with_images:
+        planned = plan_text_model(a, with_images=True)
+        drawn = ImageWindows.of(a, planned, model_a.whole, windows.prompts)
+        prompts = list(drawn.within(windows.tokens, seed=0).windows)
+    ids = np.zeros((0, windows.window), np.int64)
+    if any(True for path in windows.texts for _ in read_documents(path)):
+        ids = read_tokens(windows.texts[0], tokenizer, windows.tokens, windows.window)
+    if len(ids) + len(prompts) < 2:
+        raise UsageError("a standard error needs two windows: give a text or more images")
+    model_b, _ = load_as_stored(b, with_images=with_images, threads=threads)
+    return evaluate(model_a, model_b, ids, progress, prompts)
 
 
 def _plans(a: Source, b: Source) -> list[Planned]:

@@ -36,6 +36,7 @@ from requant.output.staging import (
     staged_bytes,
     staging_dir,
 )
+from requant.planning.layout_selection import vision_part
 from requant.planning.parts import part_of
 from requant.planning.plan import Plan
 from requant.planning.planner import Planned, make_plan, plan_with_source
@@ -84,12 +85,14 @@ def plan(
     """
     options, run = read_arguments("plan", quantization, arguments)
     run.check_save_recipe(options)
-    remote = find_repository(source, run.revision, options.vision_part)
+    remote = find_repository(source, run.revision, vision_part(options))
     if options.budget is not None:
         opened = open_source(source, remote, options.config_from)
         options = allocate_bits(opened, options, run)
         write_recipe(run, options)
-    plan = make_plan(read_source(source, remote, options.config_from, options.vision_part), options)
+    plan = make_plan(
+        read_source(source, remote, options.config_from, vision_part(options)), options
+    )
     if remote is None:
         return plan
     return replace(plan, notes=(*plan.notes, Note(NoteCode.DOWNLOAD, remote.download_summary())))
@@ -132,7 +135,7 @@ def convert(
     options, run = read_arguments("convert", quantization, arguments)
     run.check_save_recipe(options)
     folder = Path(output)
-    remote = find_repository(source, run.revision, options.vision_part)
+    remote = find_repository(source, run.revision, vision_part(options))
     _check_consume_source(source, folder, remote, options, run)
     if run.part is not None:
         check_part(options, run)
@@ -287,7 +290,7 @@ def _check_consume_source(
 def _checkpoint(
     opened: Path | Checkpoint, options: ConvertOptions, stubs: Path | None = None
 ) -> Checkpoint:
-    return as_checkpoint(opened, options.config_from, stubs, options.vision_part)
+    return as_checkpoint(opened, options.config_from, stubs, vision_part(options))
 
 
 def start_source(

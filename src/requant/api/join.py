@@ -17,6 +17,7 @@ from requant.execution.executor import Progress
 from requant.output.part_journals import read_command
 from requant.output.record import read_record
 from requant.output.staging import StagingFolder
+from requant.planning.layout_selection import vision_part
 from requant.quantization.options import RunOptions
 from requant.reports.report import Report
 from requant.sources.hub_repository import find_repository
@@ -77,7 +78,7 @@ def join(
         revision=revision,
     )
     named = recorded if source is None else str(source)
-    remote = find_repository(named, revision, options.vision_part)
+    remote = find_repository(named, revision, vision_part(options))
     try:
         opened = start_source(named, remote, folder, options, run)
         planned, result = convert_whole(opened, folder, options, run)

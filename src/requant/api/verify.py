@@ -38,6 +38,7 @@ from requant.formats import read_layout
 from requant.gguf.file_selection import WITHOUT
 from requant.libraries.load_check import LoadCheck, check_load
 from requant.output.record import encode_json, read_record, record_hash, version
+from requant.planning.layout_selection import vision_part
 from requant.planning.plan import Plan
 from requant.planning.plan_source import PlanSource
 from requant.planning.planner import Planned, plan_with_source
@@ -308,7 +309,7 @@ def _repeated_plan(
             raise UsageError(f"--imatrix {statistics}: the output was made without statistics")
         repeated = replace(recorded, config_from=config_from, statistics=statistics)
         planned = plan_with_source(
-            as_checkpoint(source, config_from, mmproj=repeated.vision_part), repeated
+            as_checkpoint(source, config_from, mmproj=vision_part(repeated)), repeated
         )
     except ParseError as error:
         problems.add(f"{RECORD}: options", str(error))

@@ -27,6 +27,7 @@ from requant.bit_allocation.measurements import Candidate, Measured, MeasuredErr
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.errors import UsageError
 from requant.output.record import version
+from requant.planning.layout_selection import vision_part
 from requant.planning.plan import Plan
 from requant.planning.planner import lay_out, plan_laid_out
 from requant.quantization.config import Quantization
@@ -62,7 +63,7 @@ def allocate_bits(
     if options.budget is None or options.recipe is not None:
         return options
     budget = parse_budget(options.budget)
-    checkpoint = as_checkpoint(source, options.config_from, mmproj=options.vision_part)
+    checkpoint = as_checkpoint(source, options.config_from, mmproj=vision_part(options))
     laid_out = lay_out(checkpoint, without_budget(options))
     planned = plan_laid_out(laid_out, without_budget(options), is_trial=True)
     if check is not None:

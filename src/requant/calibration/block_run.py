@@ -25,6 +25,7 @@ from requant.calibration.collector import (
     observed_layers,
     unobserved_layers,
 )
+from requant.calibration.image_windows import DrawnImages, ImageWindows
 from requant.calibration.run_folder import BlockRunState, RunFolder
 from requant.calibration.text_model import (
     TextModel,
@@ -35,9 +36,10 @@ from requant.calibration.text_model import (
 from requant.calibration.text_windows import texts_of, windows_of
 from requant.core.types import Source
 from requant.errors import OutputError, UsageError, error_action
+from requant.libraries.loading import check_installed
 from requant.mlx_lm import load_tokenizer
 from requant.mlx_lm.evaluation import as_backend_errors, on_cpu
-from requant.mlx_lm.loading import check_installed
+from requant.mlx_vlm.image_prompts import image_prompts
 from requant.output.record import version
 from requant.planning.planner import Planned
 
@@ -60,8 +62,9 @@ class Calibration:
     Attributes:
         source: The model.
         output: The file.
-        tokens: Tokens of text that the model read.
-        windows: Pieces of text, each without context before it.
+        tokens: Tokens that the model read, places of images included.
+        windows: Pieces of text and prompts about images, each without context before it.
+        images: Prompts about images, among them.
         layers: Layers, or stacks of experts, with statistics of their own.
         hessians: Layers with a Hessian, among them.
         too_wide: Layers that a Hessian was asked for, but that are too wide for one.
@@ -78,6 +81,7 @@ class Calibration:
     output: str
     tokens: int
     windows: int
+    images: int
     layers: int
     hessians: int
     too_wide: tuple[str, ...]
@@ -98,6 +102,7 @@ def calibrate(
     output: Source,
     text: Source | Sequence[Source] | None = None,
     *,
+    images: Sequence[Source] = (),
     hessian: bool = False,
     tokens: int = DEFAULT_TOKENS,
     window: int = DEFAULT_WINDOW,
@@ -118,13 +123,17 @@ def calibrate(
 
     Args:
         model: Whatever ``requant.mlx_lm.load`` or ``requant.mlx_vlm.load`` takes; of a multimodal
-            model the language model is run, and only over text.
+            model the language model is run.
         output: File to write, ``.safetensors``.
         text: Text files, or ``.jsonl`` with a string or an object with ``text`` a line; None for
-            a short text that comes with requant.
+            a short text that comes with requant. A line that also has ``image`` (a path, relative
+            to the file, or a list of them) is a prompt about an image.
+        images: Image files, or folders of them, for a model of mlx-vlm: each is a prompt too. The
+            statistics are of text and images; the whole model is then in memory.
         hessian: Collect the mean of ``x x^T`` as well, as ``convert(..., gptq=True)`` needs it:
             4 bytes times the square of a layer's inputs.
-        tokens: Of the text, at most.
+        tokens: Of the text, at most; and of the prompts about images, those that begin within
+            as many.
         window: Tokens that are read in one go.
         seed: Decides which windows of a longer text are taken.
         revision: Of a model on the hub.
@@ -141,8 +150,10 @@ def calibrate(
     Raises:
         HubError: A repository cannot be reached or denies access.
         CheckpointError: The model cannot be read, or neither mlx-lm nor mlx-vlm has a
-            class for it that reads text.
-        UsageError: The text is too short, or the output's name is not a ``.safetensors``.
+            class for it that reads text; with images, it takes none, or its processor cannot be
+            loaded.
+        UsageError: The text is too short, an image cannot be read, or the output's name is not a
+            ``.safetensors``.
         OutputError: The output exists or cannot be written.
     """
     began = time.perf_counter()
@@ -153,18 +164,25 @@ def calibrate(
             f"{tokens:,} tokens in windows of {window:,}: one window is the least; raise --tokens, "
             "or lower --window (2 at the least)"
         )
-    check_installed(Path(model))
-    planned = plan_text_model(model, revision, config_from)
-    ids = windows_of(load_tokenizer(model, planned), texts_of(text), tokens, window, seed)
-    task = _Task(planned, ids, hessian, threads, progress)
+    texts = texts_of(text)
+    prompts = image_prompts(map(Path, images), texts)
+    check_installed(model, "mlx-vlm" if prompts else "mlx-lm")
+    planned = plan_text_model(model, revision, config_from, with_images=bool(prompts))
+    network = build_empty_text_model(planned.plan)
+    tokenizer = load_tokenizer(model, planned)
+    ids = windows_of(tokenizer, texts, tokens, window, seed, may_be_empty=bool(prompts))
+    pictures = None
+    if prompts:
+        pictures = ImageWindows.of(model, planned, network.whole, prompts).within(tokens, seed)
+    task = _Task(planned, ids, pictures, hessian=hessian, threads=threads, progress=progress)
     with RunFolder(planned.plan.source, place, task.key, resume) as folder:
-        network = build_empty_text_model(planned.plan)
         if hessian and on_note is not None:
             for note in _notes_of_wide_layers(network):
                 on_note(note)
-        reason = ""
+        reason = "images are run through all of it" if pictures else ""
         try:
-            run_blockwise(task, network, folder)
+            if not reason:
+                run_blockwise(task, network, folder)
         except NotBlockwiseError as error:
             reason = str(error)
         if reason:  # outside of the handler, which would keep the first model's weights
@@ -180,14 +198,19 @@ def calibrate(
             )
             run_whole(task, network, folder)
         numbers = {"tokens": ids.size, "window": window, "seed": seed}
-        texts = {key: str(number) for key, number in numbers.items()}
-        digest = hashlib.sha256(ids.tobytes()).hexdigest()
-        folder.finish({"requant": version(), **texts, "text_sha256": digest})
+        metadata = {key: str(number) for key, number in numbers.items()}
+        metadata["text_sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
+        if pictures is not None:
+            metadata |= {"images": str(len(pictures.windows.prompts))}
+            metadata |= {"image_tokens": str(pictures.tokens), "images_sha256": pictures.digest}
+        folder.finish({"requant": version(), **metadata})
+    seen = 0 if pictures is None else len(pictures.windows.prompts)
     return Calibration(
         source=str(model),
         output=str(place),
-        tokens=int(ids.size),
-        windows=len(ids),
+        tokens=int(ids.size) + (0 if pictures is None else pictures.tokens),
+        windows=len(ids) + seen,
+        images=seen,
         blockwise=not reason,
         reason=reason,
         elapsed_s=time.perf_counter() - began,
@@ -234,10 +257,11 @@ def _notes_of_wide_layers(model: TextModel) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What is to be calibrated: a model, and windows of a text ``(windows, tokens)``."""
+    """What is to be calibrated: a model, windows of a text ``(windows, tokens)``, and images."""
 
     planned: Planned
     ids: np.ndarray
+    pictures: DrawnImages | None
     hessian: bool
     threads: int | None
     progress: ProgressCallback | None
@@ -246,6 +270,8 @@ class _Task:
     def key(self) -> str:
         """Hash of everything that the statistics depend on."""
         parts = [_STATE, self.planned.plan.hash, version(), self.hessian, list(self.ids.shape)]
+        if self.pictures is not None:
+            parts.append(self.pictures.digest)
         return hashlib.sha256(json.dumps(parts).encode() + self.ids.tobytes()).hexdigest()
 
     def report(self, what: str, done: int, of: int) -> None:
@@ -309,7 +335,7 @@ def _block_outputs(
 
 
 def run_whole(task: _Task, model: TextModel, folder: RunFolder) -> None:
-    """Run a model that has its weights, window by window."""
+    """Run a model that has its weights, window by window: the text, then the images."""
     import mlx.core as mx
 
     collector = task.collector(model, with_numpy=on_cpu())
@@ -318,6 +344,11 @@ def run_whole(task: _Task, model: TextModel, folder: RunFolder) -> None:
             task.report("window of text", number + 1, len(task.ids))
             with as_backend_errors():
                 collector.flush(model(mx.array(row[None])))
+        prompts = () if task.pictures is None else task.pictures.windows
+        for number, prompt in enumerate(prompts):
+            task.report("prompt about an image", number + 1, len(prompts))
+            with as_backend_errors():
+                collector.flush(model(mx.array(prompt.ids[None]), prompt.inputs))
     folder.save_block(collector, 0)
 
 

@@ -5,7 +5,7 @@ That is mlx-lm, else mlx-vlm, of whose model the ``language_model`` is run, with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import CONFIG
 from requant.core.types import Source
 from requant.errors import CheckpointError, Problem
-from requant.libraries import LIBRARIES, MLX_LM
+from requant.libraries import LIBRARIES, MLX_LM, Library
+from requant.libraries.generation_step import read_prompt
 from requant.libraries.loading import Module, build_empty, load_from_memory
 from requant.mlx_lm import load as load_in_mlx_lm
 from requant.mlx_lm import load_tokenizer
@@ -38,14 +39,21 @@ class TextModel:
     Attributes:
         module: The module.
         path: Its path in the library's model; "" if it is the whole model.
+        whole: The library's model, with its towers.
     """
 
     module: Module
     path: str = ""
+    whole: Module = None
 
-    def __call__(self, ids: mx.array) -> mx.array:
-        """Logits ``(batch, tokens, vocabulary)`` of token ids ``(batch, tokens)``."""
-        output = self.module(ids)
+    def __call__(self, ids: mx.array, inputs: Mapping[str, Any] | None = None) -> mx.array:
+        """Logits ``(batch, tokens, vocabulary)`` of token ids ``(batch, tokens)``.
+
+        Args:
+            ids: The tokens; with ``inputs`` one prompt.
+            inputs: What a processor of mlx-vlm gives next to the ids of a prompt about images.
+        """
+        output = self.module(ids) if inputs is None else read_prompt(self.whole, ids, inputs)
         logits: mx.array = getattr(output, "logits", output)  # mlx-vlm's have other fields too
         return logits
 
@@ -67,18 +75,23 @@ def text_part(source: Source, library: str, model: Module) -> TextModel:
         CheckpointError: It has none: an encoder.
     """
     if library == MLX_LM.name:
-        return TextModel(model)
+        return TextModel(model, whole=model)
     if "language_model" not in model:
         raise CheckpointError(str(source), [Problem(CONFIG, _encoder(library))])
-    return TextModel(model.language_model, "language_model")
+    return TextModel(model.language_model, "language_model", model)
 
 
 def plan_text_model(
-    source: Source, revision: str | None = None, config_from: Source | None = None
+    source: Source,
+    revision: str | None = None,
+    config_from: Source | None = None,
+    *,
+    with_images: bool = False,
 ) -> Planned:
     """Plan a model dense, in the layout of the library whose class reads text.
 
-    In float32 on a CPU, else in the dtypes of the source.
+    In float32 on a CPU, else in the dtypes of the source. ``with_images`` takes mlx-vlm, and the
+    vision part of a GGUF pair.
 
     Raises:
         HubError: A repository cannot be reached or denies access.
@@ -87,10 +100,11 @@ def plan_text_model(
     options = ConvertOptions.from_arguments(
         dequantize=True, dtype="float32" if on_cpu() else None, config_from=config_from
     )
-    opened = open_source(source, find_repository(source, revision), options.config_from)
-    checkpoint = as_checkpoint(opened, options.config_from, mmproj="none")  # text alone
+    part = None if with_images else "none"
+    opened = open_source(source, find_repository(source, revision, part), options.config_from)
+    checkpoint = as_checkpoint(opened, options.config_from, mmproj=part)
     errors = []
-    for library in _libraries(checkpoint):
+    for library in _libraries(checkpoint, _LIBRARIES[-1:] if with_images else _LIBRARIES):
         try:
             return plan_with_source(checkpoint, replace(options, layout=library))
         except CheckpointError as error:
@@ -98,13 +112,13 @@ def plan_text_model(
     raise errors[0]
 
 
-def _libraries(checkpoint: Checkpoint) -> list[str]:
-    """The libraries that may have a class that reads text.
+def _libraries(checkpoint: Checkpoint, libraries: Sequence[Library]) -> list[str]:
+    """Those of the libraries that may have a class that reads text.
 
     Raises:
         CheckpointError: There is none.
     """
-    missing = {x.name: x.missing_class_reason(checkpoint.config) for x in _LIBRARIES}
+    missing = {x.name: x.missing_class_reason(checkpoint.config) for x in libraries}
     found = [name for name, why in missing.items() if not why]
     if found:
         return found
@@ -146,17 +160,20 @@ def load_text_model(source: Source, library: str, **arguments: Any) -> tuple[Tex
     return text_part(source, library, model), tokenizer
 
 
-def load_as_stored(source: Source, **options: Any) -> tuple[TextModel, Any]:
+def load_as_stored(
+    source: Source, *, with_images: bool = False, **options: Any
+) -> tuple[TextModel, Any]:
     """A model for evaluation, with the weights that ``source`` stores, and its tokenizer.
 
     Dense float32 on a CPU; on a GPU in the source's own quantization and dtype.
 
     Args:
         source: Whatever ``requant.mlx_lm.load`` takes.
+        with_images: Take mlx-vlm, whose model takes images.
         **options: ``revision``, ``config_from``, ``threads``, ``max_memory`` and ``progress``.
     """
     revision, config_from = options.get("revision"), options.get("config_from")
-    library = plan_text_model(source, revision, config_from).plan.layout
+    library = plan_text_model(source, revision, config_from, with_images=with_images).plan.layout
     if on_cpu():
         return load_text_model(source, library, dequantize=True, dtype="float32", **options)
     remote = find_repository(source, revision)

@@ -11,7 +11,7 @@ import numpy as np
 
 from requant.core.types import Source
 from requant.errors import UsageError
-from requant.mlx_lm.evaluation import read_documents
+from requant.mlx_lm.documents import read_documents
 from requant.text import os_error_text
 
 DEFAULT_TEXT = Path(__file__).parent / "assets" / "calibration.txt"
@@ -28,9 +28,17 @@ def texts_of(text: Source | Sequence[Source] | None) -> list[Path]:
 
 
 def windows_of(
-    tokenizer: Any, texts: Sequence[Path], tokens: int, window: int, seed: int
+    tokenizer: Any,
+    texts: Sequence[Path],
+    tokens: int,
+    window: int,
+    seed: int,
+    *,
+    may_be_empty: bool = False,
 ) -> np.ndarray:
     """Token ids, int64 ``(windows, window)``: windows from all over the texts, in their order.
+
+    ``may_be_empty``: Whether texts without a document, such as rows about images, are none.
 
     Raises:
         UsageError: The texts do not fill one window, or cannot be read.
@@ -46,7 +54,7 @@ def windows_of(
         except OSError as error:
             raise UsageError(f"--text {path}: {os_error_text(error)}") from error
     count = len(ids) // window
-    if not count:
+    if not count and (ids or not may_be_empty):
         names = ", ".join(map(str, texts))
         raise UsageError(
             f"{names}: {len(ids):,} tokens do not fill one window of "

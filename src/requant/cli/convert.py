@@ -213,6 +213,7 @@ def calibrate(
     output: arg.StatisticsFile,
     *,
     text: arg.Texts = None,
+    image: arg.ReadImages = None,
     hessian: arg.Hessian = False,
     tokens: arg.TextTokens = 32_768,
     window: arg.TextWindow = 512,
@@ -225,14 +226,16 @@ def calibrate(
 
     The statistics describe the inputs of each layer and weight the scale search of convert
     --imatrix FILE. Give text like that which the model will process, but not the text of an
-    evaluation. Needs mlx-lm; of a model that sees, the language model is run, without images, in
-    mlx-vlm if mlx-lm has no class for it. One block's weights are in memory at a time. Stopped,
-    the same command resumes where it was.
+    evaluation. Needs mlx-lm; of a model that takes images, the language model is run, in mlx-vlm
+    if mlx-lm has no class for it. One block's weights are in memory at a time. Stopped, the same
+    command resumes where it was. With --image, or with images in a .jsonl, the statistics are of
+    text and images, and the whole model is in memory.
 
     \b
     Examples:
       requant calibrate Llama-3.2-1B -o stats.safetensors --text notes.txt
       requant calibrate Llama-3.2-1B -o stats.safetensors --text chats.jsonl --hessian
+      requant calibrate Qwen2-VL-2B -o stats.safetensors --text notes.txt --image photos/
       requant convert Llama-3.2-1B out --bits 3 --imatrix stats.safetensors
     """  # noqa: D301
     from requant.calibration import block_run
@@ -244,6 +247,7 @@ def calibrate(
                 model,
                 output,
                 text,
+                images=image or (),
                 hessian=hessian,
                 tokens=tokens,
                 window=window,

@@ -15,6 +15,7 @@ from requant.cli.options import (
     ModelA,
     ModelB,
     Quiet,
+    ReadImages,
     Source,
     TableOptions,
     Text,
@@ -101,6 +102,7 @@ def compare(
     b: ModelB,
     *,
     text: Text = None,
+    image: ReadImages = None,
     tokens: TextTokens = 8192,
     window: TextWindow = 256,
     options: TableOptions,
@@ -111,7 +113,8 @@ def compare(
 
     Prints relative RMS, largest error and cosine of every tensor; A and B may have any format.
     With --text, both predict its tokens: loss and perplexity of each, how far B's predictions
-    diverge from A's and how often both agree, each with its standard error.
+    diverge from A's and how often both agree, each with its standard error. --image adds prompts
+    about images, of which the tokens of the text are predicted.
 
     \b
     Examples:
@@ -125,7 +128,14 @@ def compare(
     with handle_errors():
         with counting_display(quiet) as progress:
             result = comparison.compare(
-                a, b, text=text, tokens=tokens, window=window, **options, progress=progress
+                a,
+                b,
+                text=text,
+                images=image or (),
+                tokens=tokens,
+                window=window,
+                **options,
+                progress=progress,
             )
         if json:
             print_json(result.to_dict())

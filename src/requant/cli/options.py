@@ -138,10 +138,14 @@ _SOURCE = (
     "on the hub."
 )
 _TEXTS = (
-    "Text to read (.txt, or .jsonl with a text a line); may be given again. By default a short "
-    "one in English and Python that comes with requant."
+    'Text to read (.txt, or .jsonl with a text a line, or an object with "text" and "image"); may '
+    "be given again. By default a short one in English and Python that comes with requant."
 )
-_TEXT = "Evaluate both on this text (.txt, or .jsonl with a text a line); needs mlx-lm."
+_TEXT = (
+    "Evaluate both on this text (.txt, or .jsonl with a text a line, or an object with "
+    '"text" and "image"); needs mlx-lm.'
+)
+_READ_IMAGES = "Image, or folder of images, to read too; may be given again. Needs mlx-vlm."
 _PREVIEW = "Print the model card and the files; upload nothing."
 _REPOSITORY = "Repository on the hub, org/name; org/ is completed to org/NAME-4bit and the like."
 _UPLOAD = (
@@ -198,6 +202,7 @@ Images = Annotated[
     list[Path] | None,
     _value("--image", "FILE", "Image that the prompt is about; may be given again."),
 ]
+ReadImages = Annotated[list[Path] | None, _value("--image", "FILE_OR_FOLDER", _READ_IMAGES)]
 MaxTokens = Annotated[int, _value("--max-tokens", "N", "Most tokens to generate.", min=1)]
 StatisticsFile = Annotated[
     Path, _value("--output", "FILE", "Statistics to write (.safetensors).", short="-o")

@@ -83,9 +83,10 @@ def show_calibration(calibration: Calibration) -> None:
     page = TablePrinter()
     page.line(f"{calibration.output}: {pluralize(calibration.layers, 'layer')}", "bold")
     hessians = f", {pluralize(calibration.hessians, 'Hessian')}" if calibration.hessians else ""
+    images = f" ({calibration.images:,} with images)" if calibration.images else ""
     page.line(
         f"  {pluralize(calibration.tokens, 'token')} in "
-        f"{pluralize(calibration.windows, 'window')}{hessians}, "
+        f"{pluralize(calibration.windows, 'window')}{images}{hessians}, "
         f"{format_seconds(calibration.elapsed_s)}"
     )
     if calibration.reason:

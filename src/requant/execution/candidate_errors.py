@@ -80,7 +80,7 @@ class CandidateErrors:
             at a time.
     """
 
-    progress_log = None
+    shards = progress_log = None
 
     def __init__(
         self, trials: Sequence[Trial], completed: Callable[[str, ErrorSums], None]

@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import numpy as np
 
+from requant.checkpoints.byte_ranges import FileRange
 from requant.checkpoints.checkpoint import (
-    FileRange,
     JoinedTensor,
     OpenedSource,
     SourceFile,

@@ -298,23 +298,25 @@ class _Conversion:
         """Check that every parameter gets a tensor, which not every library asks for itself.
 
         Raises:
-            LayoutError: With the names of the others, which would keep random values; if the
-                library loads strictly, also with those of tensors that are not parameters.
+            LayoutError: With the others, which would keep random values; if the library loads
+                strictly, also with the tensors that are not parameters.
         """
         names = tuple(_infos(model.parameters()))
         problems: list[str] = []
-        if strict and (extra := sorted(given.keys() - {*names})):
+        extra = sorted(given.keys() - {*names}) if strict else []
+        missing = [name for name in names if name not in given]
+        if extra:
             held = pluralize(len(extra), "tensor")
-            problems.append(f"has no place for {held}: {', '.join(extra)}")
-        if missing := [name for name in names if name not in given]:
+            problems.append(f"has no place for {held}: {join_first(extra)}")
+        if missing:
             count = pluralize(len(missing), "parameter")
-            problems.append(f"has {count} without a tensor of the source: {', '.join(missing)}")
+            problems.append(f"has {count} without a tensor of the source: {join_first(missing)}")
         if problems:
             error = LayoutError(
                 f"{self.library.name}, loading {self.shown.config.get('model_type')}: its class "
                 f"for this model {'; it '.join(problems)}"
             )
-            error.class_names = names
+            error.class_names, error.unmatched = names, (*extra, *missing)
             raise error
 
     def _compare(

@@ -81,6 +81,11 @@ def _nearness(pair: Pair) -> tuple[bool, int]:
     return pair.head.shape == pair.embedding.shape, shared
 
 
+def is_head(path: str) -> bool:
+    """Whether a layer is named like an output head."""
+    return _HEAD.search(path) is not None
+
+
 def serves_as_head(layers: Iterable[SourceLayer], means: Callable[[str], bool]) -> str:
     """Return the path of the embedding that is also the head that is meant; "" if there is none.
 

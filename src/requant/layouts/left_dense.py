@@ -13,6 +13,7 @@ from typing import Any
 
 from requant.core.reasons import Reason, ReasonCode
 from requant.formats import SourceLayer
+from requant.libraries.modalities import Modalities
 
 TOWER = Reason(ReasonCode.TOWER, "tower for images or sound")
 TIED = Reason(ReasonCode.TIED_EMBEDDING, "shared with a head of masked words")
@@ -72,18 +73,18 @@ def is_of_a_tower(name: str) -> bool:
     return _TOWER.search(name) is not None
 
 
-def modalities(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether a model takes images, and whether it takes sound, next to text.
+def modalities_of(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> Modalities:
+    """What a checkpoint takes next to text, by the towers that it holds.
 
-    It does if it has a tower for them: the name of a tower or, where that does not say for what it
-    is, a part of the config.
+    The name of a tower says what it is for or, where it does not, a part of the config. A config
+    may describe towers that a checkpoint lacks: of a config alone, ``libraries.modalities`` tells.
     """
     paths = [x.path for x in layers if len(x.shape) > 1 and is_of_a_tower(x.path)]
     keys = [key for part in _parts(config) for key in part if _KEYS.fullmatch(key)]
     sees, hears = (any(map(kind.search, paths)) for kind in (_IMAGE, _SOUND))
     if paths and not (sees or hears):
         sees, hears = (any(map(kind.search, keys)) for kind in (_IMAGE, _SOUND))
-    return sees, hears
+    return Modalities(sees, hears)
 
 
 def _towers(

@@ -50,7 +50,7 @@ from requant.layouts.row_ranges import (
     stacked_global_scales,
     strided_view,
 )
-from requant.libraries import NO_CLASS_HINT, Library, Request, UnknownModelError
+from requant.libraries import NO_CLASS_HINT, LayoutError, Library, Request, UnknownModelError
 from requant.quantization.config import PerLayerQuantization
 from requant.text import os_error_text
 
@@ -67,7 +67,10 @@ class LibraryLayoutError(CheckpointError):
 
     Attributes:
         why: The reason, with the tensor that it is about, without the advice that the message adds.
+        unmatched: As in ``LayoutError``.
     """
+
+    unmatched: tuple[str, ...] = ()
 
     def __init__(
         self, checkpoint: Checkpoint, library: Library, why: str, advice: str = "", tensor: str = ""
@@ -385,7 +388,9 @@ def _layout_errors(checkpoint: Checkpoint, library: Library) -> Iterator[None]:
         hint = NO_CLASS_HINT.format(library=library.name)
         raise LibraryLayoutError(checkpoint, library, error.why, hint) from error
     except RequantError as error:
-        raise LibraryLayoutError(checkpoint, library, str(error)) from error
+        result = LibraryLayoutError(checkpoint, library, str(error))
+        result.unmatched = error.unmatched if isinstance(error, LayoutError) else ()
+        raise result from error
     except OSError as error:  # the placeholders are written to a temporary folder
         message = f"{library.name} cannot be shown the model: {os_error_text(error)}"
         raise LibraryLayoutError(checkpoint, library, message) from error

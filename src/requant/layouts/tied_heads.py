@@ -14,7 +14,7 @@ from requant.checkpoints.checkpoint import Checkpoint, Key
 from requant.core.reasons import Note, NoteCode
 from requant.errors import CheckpointError
 from requant.formats import SourceLayer, SourceLayout
-from requant.layouts.head_names import Pair, find_pair, flag_places, flags, has_scores
+from requant.layouts.head_names import Pair, find_pair, flag_places, flags, has_scores, is_head
 from requant.layouts.relayout import LibraryLayoutError, Relayout
 from requant.layouts.same_values import same_values
 from requant.libraries import Library
@@ -105,7 +105,8 @@ def laid_out(
         try:
             relayout = attempt(variant.checkpoint, variant.layout)
         except CheckpointError as error:
-            first = first or error
+            if first is None or (_is_about_heads(first) and not _is_about_heads(error)):
+                first = error  # what no variant corrects says more than a head out of place
             if pair is None or library.missing_class_reason(checkpoint.config):
                 raise
             continue
@@ -121,6 +122,12 @@ def laid_out(
             raise _always_tied(checkpoint, library, pair.head, pair.embedding) from first
     assert first is not None
     raise first
+
+
+def _is_about_heads(error: CheckpointError) -> bool:
+    """Whether a class has no place for a head, or no head for its place, and nothing else."""
+    names = error.unmatched if isinstance(error, LibraryLayoutError) else ()
+    return bool(names) and all(is_head(name.rpartition(".")[0]) for name in names)
 
 
 def _succeeds(

@@ -47,9 +47,12 @@ class LayoutError(RequantError, ValueError):
 
     Attributes:
         class_names: The parameters of the class, where it could be built.
+        unmatched: Parameters without a tensor and tensors without a parameter, if these are what
+            is wrong.
     """
 
     class_names: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

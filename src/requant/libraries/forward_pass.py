@@ -7,11 +7,15 @@ the text, or else through its tower alone. What was not run is named, with the r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from requant.libraries import LIBRARIES
+from requant.libraries.generation_step import read_prompt
 from requant.libraries.loading import Module
 from requant.libraries.sample_inputs import TOKENS, Sample, SampleInputs
 from requant.libraries.surroundings import cpu, quiet
@@ -80,7 +84,8 @@ class ForwardPass:
         not_run: Each that was not, with the reason.
         logits: Number of values that were checked: the logits, or the class's other outputs.
         nonfinite: Each output with NaN or infinite values, with their number.
-        fails: The class takes token ids, and no pass with text ran.
+        fails: The class takes token ids, and no pass with text ran, though it could run here.
+        needs_metal: The class computes text with kernels that this machine does not have.
     """
 
     ran: list[str] = field(default_factory=list)
@@ -88,6 +93,7 @@ class ForwardPass:
     logits: int = 0
     nonfinite: list[str] = field(default_factory=list)
     fails: bool = False
+    needs_metal: bool = False
 
     def check(self, label: str, outputs: Mapping[str, mx.array]) -> None:
         """Count the logits and the values that are not finite."""
@@ -124,7 +130,8 @@ def forward(model: Module, config: Mapping[str, Any]) -> ForwardPass:
             runs = _runs(model, samples, modality, ids)
             if runs is not None:
                 _run_first(modality.name, runs, result)
-    result.fails = ids is not None and not any("text" in label for label in result.ran)
+    ran_text = any("text" in label for label in result.ran)
+    result.fails = ids is not None and not (ran_text or result.needs_metal)
     return result
 
 
@@ -142,19 +149,8 @@ def _text_runs(model: Module, ids: str, samples: SampleInputs) -> Iterator[_Run]
     label, tokens = f"text, {TOKENS} tokens", samples.token_ids()
     yield _Run(model, label, {ids: tokens})
     if "mlx_vlm" in type(model).__module__ and hasattr(model, "get_input_embeddings"):
-        yield _Run(_generation_step(model), label, {"input_ids": tokens})
-
-
-def _generation_step(model: Module) -> Callable[[mx.array], Any]:
-    """Embeddings, then the language model with a cache, as mlx-vlm generates."""
-
-    def step(input_ids: mx.array) -> Any:
-        cache = import_module("mlx_vlm.models.cache").make_prompt_cache(model.language_model)
-        embedded = model.get_input_embeddings(input_ids, None, mask=None)
-        values = {name: x for name, x in vars(embedded).items() if x is not None}
-        return model.language_model(input_ids, cache=cache, **values)
-
-    return step
+        step = partial(read_prompt, model, inputs={})
+        yield _Run(step, label, {"ids": tokens})
 
 
 def _run_first(what: str, runs: Iterator[_Run], result: ForwardPass) -> None:
@@ -169,11 +165,32 @@ def _run_first(what: str, runs: Iterator[_Run], result: ForwardPass) -> None:
             outputs = dict(_outputs(run.module(**omitted | run.arguments)))
             mx.eval(list(outputs.values()))
         except Exception as error:  # of the class, for an input of another form
-            why = f"{type(error).__name__}: {one_line(error)}"
+            if _needs_metal(error):
+                result.needs_metal = True
+                why = f"needs Metal, which this machine does not have{_place_of(error)}"
+                break
+            why = f"{type(error).__name__}: {one_line(error)}{_place_of(error)}"
             continue
         result.check(run.label, outputs)
         return
     result.not_run.append(f"{what} ({why})")
+
+
+def _needs_metal(error: Exception) -> bool:
+    """Whether a class called a kernel of its own for Metal where MLX has none."""
+    return isinstance(error, RuntimeError) and str(error).startswith("[metal_kernel] No Metal")
+
+
+def _place_of(error: Exception) -> str:
+    """The last line of a library's own code that an exception went through, after a comma."""
+    found = ""
+    packages = {library.package for library in LIBRARIES.values()}
+    for frame in traceback.extract_tb(error.__traceback__):
+        parts = Path(frame.filename).parts
+        start = next((at for at, part in enumerate(parts) if part in packages), None)
+        if start is not None:
+            found = f", in {'/'.join(parts[start:])}, line {frame.lineno}"
+    return found
 
 
 def _runs(

@@ -10,6 +10,7 @@ from requant.errors import CheckpointError, Problem
 from requant.libraries import LIBRARIES
 from requant.libraries.forward_pass import forward
 from requant.libraries.loading import find_library, library_version, load
+from requant.text import format_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,8 @@ def check_load(folder: Path, layout: str = "") -> LoadCheck:
     problems = [Problem(library, f"the forward pass gives {text}") for text in result.nonfinite]
     if result.fails:
         why = "; ".join(result.not_run)
-        problems.append(Problem(library, f"the forward pass fails: {why}"))
+        model_type = format_value(config.get("model_type"))
+        problems.append(Problem(library, f"its class for model_type {model_type} fails: {why}"))
     return LoadCheck(
         library,
         library_version(library),

@@ -24,6 +24,7 @@ from requant.core.dtypes import TensorInfo
 from requant.core.types import Source
 from requant.errors import CheckpointError, Problem
 from requant.libraries import LIBRARIES, Library
+from requant.libraries.modalities import modalities
 from requant.libraries.surroundings import (
     cpu,
     lock,
@@ -56,7 +57,7 @@ def find_library(folder: Path) -> str:
     """
     config = _config(folder)
     order: Iterable[str] = ("mlx-lm", "mlx-vlm", "mlx-embeddings", "mlx-audio")
-    if config.get("vision_config") or config.get("audio_config"):
+    if any(modalities(config)):
         order = ("mlx-vlm", "mlx-audio", "mlx-lm", "mlx-embeddings")
     missing = []
     for library in map(LIBRARIES.__getitem__, order):

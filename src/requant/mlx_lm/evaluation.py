@@ -6,8 +6,8 @@ evaluated in float32 from the exact values that its files represent; on a GPU as
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from requant.errors import BackendError, ParseError, UsageError
-from requant.text import format_value, one_line, pluralize, utf8_error
+from requant.errors import BackendError, UsageError
+from requant.mlx_lm.documents import read_documents
+from requant.text import one_line, pluralize
 
 DEFAULT_TOKENS = 8192
 DEFAULT_WINDOW = 256
@@ -42,12 +43,37 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt about images, as a processor gives it.
+
+    Attributes:
+        ids: Token ids, int64 ``(tokens,)``, with placeholders for the images.
+        inputs: The processor's other arrays: pixels, mask, grids.
+        is_text: ``(tokens,)``: whether a token is not a placeholder.
+    """
+
+    ids: np.ndarray
+    inputs: Mapping[str, Any]
+    is_text: np.ndarray
+
+    @property
+    def digest(self) -> bytes:
+        """Hash of all of its arrays."""
+        sha = hashlib.sha256(self.ids.tobytes())
+        for name, x in sorted(self.inputs.items()):
+            sha.update(f"{name} {getattr(x, 'dtype', '')} {getattr(x, 'shape', '')}".encode())
+            sha.update(memoryview(x) if hasattr(x, "dtype") else repr(x).encode())
+        return sha.digest()
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """The evaluation of two models on one text.
 
     Attributes:
-        tokens: Tokens of the text that were predicted.
-        windows: Pieces that the text was cut into; each starts without context.
+        tokens: Tokens of the text that were predicted; places of images do not count.
+        windows: Pieces that the text was cut into, and prompts about images; each starts without
+            context.
         loss_a: Mean next-token loss of A in nats.
         loss_b: The same of B.
         gap: B's loss minus A's, window by window.
@@ -67,37 +93,6 @@ class Evaluation:
     perplexity_b: Estimate
     divergence: Estimate
     same_top: Estimate
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a text file: the whole file, or one a line of a ``.jsonl``.
-
-    A line of JSON is a string, or an object with the string ``text``.
-
-    Raises:
-        ParseError: A line is neither, or the file is not UTF-8.
-    """
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ParseError(f"{path}: {utf8_error(error)}") from error
-    if path.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ParseError(f"{path}: line {number} is not valid JSON: {error}") from error
-        found = document.get("text") if isinstance(document, dict) else document
-        if not isinstance(found, str):
-            raise ParseError(
-                f"{path}: line {number} is {format_value(document)}, expected a string "
-                'or an object with a string "text"'
-            )
-        yield found
 
 
 def read_tokens(path: Path, tokenizer: Any, most: int, window: int) -> np.ndarray:
@@ -152,19 +147,24 @@ def as_backend_errors() -> Iterator[None]:
 
 def losses(model: Any, ids: np.ndarray) -> np.ndarray:
     """Mean next-token loss of each window of ``ids``, in nats: ``(windows,)``."""
-    return np.array([_loss(_log_probabilities(model, row), row) for row in ids])
+    return np.array([_loss(_log_probabilities(model, row), row[1:]) for row in ids])
 
 
 def evaluate(
-    model_a: Any, model_b: Any, ids: np.ndarray, progress: Callable[[int, int], None] | None = None
+    model_a: Any,
+    model_b: Any,
+    ids: np.ndarray,
+    progress: Callable[[int, int], None] | None = None,
+    prompts: Sequence[Prompt] = (),
 ) -> Evaluation:
-    """Compare two models on windows of token ids.
+    """Compare two models on windows of token ids, and on prompts about images.
 
     Args:
         model_a: The reference model.
         model_b: The other model, with the same vocabulary.
         ids: ``(windows, window)``, at least two of each.
         progress: Called with windows done and windows in all.
+        prompts: Each is one more window; the models take its ``inputs`` after the ids.
 
     Raises:
         UsageError: The models predict different numbers of tokens.
@@ -172,23 +172,27 @@ def evaluate(
     """
     import mlx.core as mx
 
-    results = np.empty((len(ids), 4))
-    for number, row in enumerate(ids):
-        a, b = _log_probabilities(model_a, row), _log_probabilities(model_b, row)
+    windows: list[np.ndarray | Prompt] = [*ids, *prompts]
+    results = np.empty((len(windows), 4))
+    tokens = 0
+    for number, window in enumerate(windows):
+        a, b = _log_probabilities(model_a, window), _log_probabilities(model_b, window)
         if a.shape != b.shape:
             raise UsageError(
                 f"vocabularies differ: {a.shape[-1]:,} and {b.shape[-1]:,} tokens; "
                 "compare --text is for two forms of one model"
             )
+        following = _following(window)
+        tokens += len(following)
         divergence = float((mx.exp(a) * (a - b)).sum(-1).mean())
         same = float((a.argmax(-1) == b.argmax(-1)).astype(mx.float32).mean())
-        results[number] = _loss(a, row), _loss(b, row), divergence, same
+        results[number] = _loss(a, following), _loss(b, following), divergence, same
         if progress is not None:
-            progress(number + 1, len(ids))
+            progress(number + 1, len(windows))
     loss_a, loss_b = Estimate.of(results[:, 0]), Estimate.of(results[:, 1])
     return Evaluation(
-        tokens=ids.size - len(ids),
-        windows=len(ids),
+        tokens=tokens,
+        windows=len(windows),
         loss_a=loss_a,
         loss_b=loss_b,
         gap=Estimate.of(results[:, 1] - results[:, 0]),
@@ -199,19 +203,29 @@ def evaluate(
     )
 
 
-def _log_probabilities(model: Any, row: np.ndarray) -> Any:
-    """Float32 ``(window - 1, vocabulary)`` for the tokens after the first."""
+def _following(window: np.ndarray | Prompt) -> np.ndarray:
+    """The tokens that are predicted: all after the first that are not places of images."""
+    return window.ids[1:][window.is_text[1:]] if isinstance(window, Prompt) else window[1:]
+
+
+def _log_probabilities(model: Any, window: np.ndarray | Prompt) -> Any:
+    """Float32 ``(tokens, vocabulary)`` for the tokens that are predicted."""
     import mlx.core as mx
 
     with as_backend_errors():
-        logits = model(mx.array(row[None, :-1]))[0].astype(mx.float32)
+        if isinstance(window, Prompt):
+            logits = model(mx.array(window.ids[None]), window.inputs)[0, :-1]
+            logits = logits[mx.array(np.flatnonzero(window.is_text[1:]))]
+        else:
+            logits = model(mx.array(window[None, :-1]))[0]
+        logits = logits.astype(mx.float32)
         result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         mx.eval(result)
     return result
 
 
-def _loss(log_probabilities: Any, row: np.ndarray) -> float:
+def _loss(log_probabilities: Any, following: np.ndarray) -> float:
     import mlx.core as mx
 
-    picked = mx.take_along_axis(log_probabilities, mx.array(row[1:, None]), axis=-1)
+    picked = mx.take_along_axis(log_probabilities, mx.array(following[:, None]), axis=-1)
     return -float(picked.mean())

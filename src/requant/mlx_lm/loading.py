@@ -22,6 +22,8 @@ from requant.errors import CheckpointError, Problem
 from requant.execution.runner import options_for_retry, run_once
 from requant.execution.sink import TensorOffsets
 from requant.libraries import MLX_LM
+from requant.libraries.loading import check_installed
+from requant.planning.layout_selection import vision_part
 from requant.planning.plan import Plan
 from requant.planning.planner import Planned, plan_with_source
 from requant.quantization.config import Quantization
@@ -103,7 +105,7 @@ def load_with_report(
 ) -> Loaded:
     """As ``load``, and return the report of the conversion too."""
     began = time.perf_counter()
-    check_installed(Path(source))
+    check_installed(source, MLX_LM.name)
     weights, report, planned = convert_in_memory(source, quantization, "mlx-lm", **arguments)
     _check_tokenizer(source, report.plan)
     with as_checkpoint_error(source, "mlx-lm, building the model"):
@@ -147,7 +149,7 @@ def load_weights(
         The weights by name, and the report of the conversion; its plan holds the
         ``config.json`` that belongs to them.
     """
-    check_installed(Path(source))
+    check_installed(source, MLX_LM.name)
     weights, report, _ = convert_in_memory(source, quantization, "mlx-lm", **arguments)
     return weights, report
 
@@ -165,7 +167,7 @@ def convert_in_memory(
     options = allocate_bits(opened, options, run)
     while True:
         planned = plan_with_source(
-            as_checkpoint(opened, options.config_from, mmproj=options.vision_part), options
+            as_checkpoint(opened, options.config_from, mmproj=vision_part(options)), options
         )
         sink = ArraySink(planned.plan)
         attempt = run_once(planned, sink, options, run)
@@ -173,16 +175,6 @@ def convert_in_memory(
             report = Report.build(planned.plan, "", attempt.result, time.perf_counter() - began)
             return sink.arrays, report, planned
         options = options_for_retry(planned.plan, attempt, options, run)
-
-
-def check_installed(source: Path) -> None:
-    """Check that mlx-lm is installed.
-
-    Raises:
-        CheckpointError: It is not.
-    """
-    if why := MLX_LM.not_installed:
-        raise CheckpointError(str(source), [Problem("mlx-lm", f"mlx-lm {why}")])
 
 
 # -- arrays ----------------------------------------------------------------------------------
@@ -238,10 +230,16 @@ def _utils() -> Any:  # mlx-lm is only partly typed
 
 
 @contextmanager
-def as_checkpoint_error(source: Source, where: str) -> Iterator[None]:
-    """Raise errors of mlx-lm or of the tokenizer's library as errors of the source."""
+def as_checkpoint_error(source: Source, where: str, package_hint: str = "") -> Iterator[None]:
+    """Raise errors of mlx-lm or of the tokenizer's library as errors of the source.
+
+    ``package_hint`` follows the error where a package is not installed.
+    """
     try:
         yield
+    except ImportError as error:
+        problem = Problem(where, one_line(error) + package_hint)
+        raise CheckpointError(str(source), [problem]) from error
     except Exception as error:
         raise CheckpointError(str(source), [Problem(where, one_line(error))]) from error
 

@@ -7,26 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from requant.errors import BackendError, UsageError
 from requant.mlx_lm.generation import Generation, collect_text
+from requant.mlx_vlm.image_prompts import chat_prompt
 from requant.mlx_vlm.loading import Loaded
-from requant.text import one_line
-
-
-def check_images(images: Sequence[Path]) -> None:
-    """Check that images can be read, before a model is converted for them.
-
-    Raises:
-        UsageError: One is not a file, or not an image that Pillow reads.
-    """
-    from PIL import Image
-
-    for image in images:
-        try:
-            with Image.open(image) as opened:
-                opened.verify()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UsageError(f"{image} cannot be read as an image: {one_line(error)}") from error
 
 
 def generate(
@@ -55,12 +38,7 @@ def generate(
     mlx_vlm: Any = import_module("mlx_vlm")  # its types are not complete
     text = prompt
     if not raw:
-        try:
-            text = mlx_vlm.apply_chat_template(
-                loaded.processor, loaded.config, prompt, num_images=len(images)
-            )
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise BackendError(f"the chat template fails: {one_line(error)}") from error
+        text = chat_prompt(loaded.processor, loaded.config, prompt, len(images))
     responses = mlx_vlm.stream_generate(
         loaded.model,
         loaded.processor,

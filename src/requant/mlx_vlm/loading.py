@@ -18,9 +18,13 @@ from requant.planning.planner import Planned
 from requant.quantization.config import Quantization
 from requant.quantization.option_signatures import takes_options
 from requant.reports.report import Report
+from requant.text import format_value
 
 if TYPE_CHECKING:
     from requant.execution.option_keywords import LoadKeywords
+
+
+_PACKAGE_HINT = "; install the package that is missing (pip install torch torchvision)"
 
 
 @takes_options("load")
@@ -84,20 +88,23 @@ def load_with_report(
     check_installed(source, "mlx-vlm")
     weights, report, planned = convert_in_memory(source, quantization, "mlx-vlm", **arguments)
     model, config = load_from_memory(source, "mlx-vlm", report.plan.config, weights)
-    processor = _load_processor(source, planned, getattr(model.config, "eos_token_id", None))
+    processor = load_processor(source, planned, getattr(model.config, "eos_token_id", None))
     return Loaded(model, processor, config, report, time.perf_counter() - began)
 
 
-def _load_processor(source: Source, planned: Planned, eos_token_ids: Any) -> Any:
+def load_processor(source: Source, planned: Planned, eos_token_ids: Any) -> Any:
     """The processor of a plan's source, as mlx-vlm loads it, but without code of the source.
 
     Raises:
-        CheckpointError: The source has none, or its library rejects it.
+        CheckpointError: The source has none, its library rejects it, or it needs a package that is
+            not installed.
     """
     from mlx_vlm import utils
 
+    model_type = format_value(planned.plan.config.get("model_type"))
+
     with (
-        as_checkpoint_error(source, "processor"),
+        as_checkpoint_error(source, f"processor of model_type {model_type}", _PACKAGE_HINT),
         source_files(planned) as folder,
         quiet(),
         without_checkpoint_code(),

@@ -18,7 +18,7 @@ from requant.errors import CheckpointError
 from requant.formats import SourceLayer, SourceLayout
 from requant.layouts.head_names import find_pair
 from requant.layouts.idle_tensors import without_unused_tensors
-from requant.layouts.left_dense import modalities
+from requant.layouts.left_dense import modalities_of
 from requant.layouts.load_check import one_sentence
 from requant.layouts.relayout import LibraryLayoutError, Relayout, build_relayout
 from requant.layouts.tied_heads import agreed, laid_out
@@ -70,7 +70,7 @@ def choose_layout(
         return _library_layout(checkpoint, layout, LIBRARIES[options.layout], options)
     rejection = ""
     rejected: list[Note] = []
-    sees, hears = modalities(layout.layers, checkpoint.config)
+    sees, hears = modalities_of(layout.layers, checkpoint.config)
     for library in candidates(checkpoint.config, layout, sees, hears):
         try:
             result = _library_layout(checkpoint, layout, library, options)
@@ -89,6 +89,17 @@ def choose_layout(
             why = library.missing_class_reason(checkpoint.config)
             rejected.append(Note(NoteCode.LIBRARY_REJECTED, f"{why}."))
     return replace(chosen, notes=(*rejected, *chosen.notes))
+
+
+def vision_part(options: ConvertOptions) -> str | None:
+    """``mmproj`` for the reader: "none" where nothing that is written would hold images.
+
+    Which library is installed decides under ``auto``, before the source is read.
+    """
+    text_only = options.layout == MLX_LM.name or (
+        options.layout == "auto" and LIBRARIES["mlx-vlm"].folder is None
+    )
+    return "none" if options.mmproj is None and text_only else options.mmproj
 
 
 def candidates(
@@ -139,15 +150,39 @@ def _without_towers(library: Library, sees: bool, hears: bool) -> tuple[Note, ..
     return (Note(NoteCode.TEXT_ONLY, f"{text}."),)
 
 
-def why_not_mlx_lm(chosen: LayoutResult, options: ConvertOptions) -> str:
-    """Return why mlx-lm's layout cannot be made, which is tried if it was not; "" if it can."""
-    if chosen.relayout is not None or chosen.rejection:
-        return chosen.rejection
-    try:
-        _relayout(chosen.checkpoint, chosen.layout, MLX_LM, options)
-    except CheckpointError as error:
-        return _first_problem(error)
-    return ""
+@dataclass(frozen=True, slots=True)
+class OtherLayout:
+    """The library's layout that tensors could have which keep the source's names.
+
+    Attributes:
+        library: The value of ``--layout``; "" if no library takes the checkpoint.
+        rejection: Why none does.
+    """
+
+    library: str
+    rejection: str = ""
+
+
+def other_layout(chosen: LayoutResult, options: ConvertOptions) -> OtherLayout:
+    """The layout that ``auto`` would take; libraries are tried if they were not.
+
+    Args:
+        chosen: The layers, under the source's names.
+        options: What a library's choice of layers depends on.
+    """
+    if chosen.rejection:
+        return OtherLayout("", chosen.rejection)
+    config, layout = chosen.checkpoint.config, chosen.layout
+    rejection = ""
+    for library in candidates(config, layout, *modalities_of(layout.layers, config)):
+        try:
+            _relayout(chosen.checkpoint, layout, library, options)
+        except CheckpointError as error:
+            if library is MLX_LM or not rejection:
+                rejection = _first_problem(error)
+            continue
+        return OtherLayout(library.name)
+    return OtherLayout("", rejection)
 
 
 def with_target(

@@ -195,12 +195,12 @@ def loader_notes(
     layers: Iterable[LayerPlan],
     config: Mapping[str, Any],
     why_unloadable: Callable[[], str],
-    why_not_mlx_lm: Callable[[], str],
+    other_layout: Callable[[], str],
 ) -> Iterator[Note]:
     """Problems that loaders have with the source's names.
 
-    ``why_unloadable`` returns why mlx-lm does not load the output, and ``why_not_mlx_lm`` why its
-    layout cannot be made; "" where it does or can.
+    ``why_unloadable`` returns why mlx-lm does not load the output, "" where it does; and
+    ``other_layout`` the library whose layout can be made, "" if there is none.
     """
     without_codes = (Treatment.DENSE, Treatment.DEQUANTIZED)
     coded = {x.layer for x in layers if x.treatment not in without_codes}
@@ -208,7 +208,8 @@ def loader_notes(
         text = (
             f"Experts keep their own names here, and mlx-lm does not load them quantized so ({why})"
         )
-        text += "." if why_not_mlx_lm() else ": --layout mlx-lm stacks them as it does."
+        library = other_layout()
+        text += f": --layout {library} stacks them as its class does." if library else "."
         yield Note(NoteCode.UNLOADABLE_EXPERTS, text)
     block = config.get("quantization") or {}
     entries = {path: block[path] for path in sorted(coded) if isinstance(block.get(path), dict)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from requant.errors import RequantError
 from requant.formats.quantization_block import text_sections, without_blocks
 from requant.layouts.left_dense import is_of_a_tower
 from requant.layouts.loader_names import module_names
@@ -70,9 +71,11 @@ def output_config(
             assert isinstance(part, dict)
             part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
     if quantization is not None:
-        block = _quantization_block(selector, decisions, quantization)
+        block = _library_block(selector, decisions, quantization)
+        block = block or _quantization_block(selector, decisions, quantization)
         config |= {"quantization": block, "quantization_config": block}
-    return config
+    is_sorted = library is not None and [*library.config] == sorted(library.config)
+    return dict(sorted(config.items())) if is_sorted else config
 
 
 def _base_config(selector: TargetSelector) -> dict[str, Any]:
@@ -89,6 +92,30 @@ def _base_config(selector: TargetSelector) -> dict[str, Any]:
     if key in config or key not in source or not has_tower:
         return dict(config)
     return dict(sorted({**config, key: source[key]}.items()))
+
+
+def _library_block(
+    selector: TargetSelector,
+    decisions: Collection[LayerDecision],
+    quantization: PerLayerQuantization,
+) -> dict[str, Any]:
+    """The block that the library writes, if it describes what was decided; else an empty one.
+
+    It may name layers that equal its default.
+    """
+    library = selector.library_layout
+    block = {} if library is None else library.config.get("quantization") or {}
+    try:
+        theirs = PerLayerQuantization.from_dict(block)
+    except RequantError:  # it has none, or one that only its class reads
+        return {}
+    same = theirs.quantization == quantization.quantization and all(
+        theirs.quantization_for(x.layer.path) == quantization.quantization_for(x.layer.path)
+        for x in decisions
+        if x.layer.is_weight
+    )
+    scaled = {key for key, x in block.items() if isinstance(x, dict) and x.get("global_scale")}
+    return dict(block) if same and scaled == with_global_scale(decisions) else {}
 
 
 def _quantization_block(

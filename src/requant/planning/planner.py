@@ -25,7 +25,7 @@ from requant.importance.reader import read_statistics
 from requant.layouts.load_check import why_unloadable
 from requant.packings.base import Exactness, Fidelity
 from requant.planning.importance_weights import attach_importance
-from requant.planning.layout_selection import LayoutResult, choose_layout, why_not_mlx_lm
+from requant.planning.layout_selection import LayoutResult, choose_layout, other_layout
 from requant.planning.notes import loader_notes, plan_notes, rotated_layers, unloadable_dtypes
 from requant.planning.output_config import output_config, output_quantization
 from requant.planning.plan import LayerPlan, Plan, Step, Treatment
@@ -269,7 +269,7 @@ def _notes(
     """All notes in the order in which they are printed; those that ``plan`` has come last."""
     options = selector.options
     if unnamed is not None:
-        yield unnamed.note(why_not_mlx_lm(chosen, options))
+        yield unnamed.note(other_layout(chosen, options))
     if chosen.rejection:
         text = f"Tensors keep the source's names (--layout keep): {chosen.rejection}"
         yield Note(NoteCode.LAYOUT_KEPT, text)
@@ -281,7 +281,7 @@ def _notes(
             plan.layers,
             plan.config,
             lambda: why_unloadable(plan.config, infos),
-            lambda: why_not_mlx_lm(chosen, options),
+            lambda: other_layout(chosen, options).library,
         )
     yield from nothing_quantized(selector, decisions)
     yield from plan.notes

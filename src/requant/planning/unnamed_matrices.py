@@ -1,7 +1,7 @@
 """Matrices that cannot be quantized under the source's names, because none ends in ``.weight``.
 
 Loaders look for codes under ``{layer}.weight`` only; stacks of experts are often stored as
-``{layer}`` alone. mlx-lm's layout gives them names.
+``{layer}`` alone. The layout of a library gives them names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from math import prod
 from requant.core.dtypes import KERNEL_FLOATS
 from requant.core.reasons import Note, NoteCode, ReasonCode
 from requant.errors import Problem
+from requant.planning.layout_selection import OtherLayout
 from requant.planning.target_selection import LayerDecision, TargetSelector
 from requant.text import join_first, pluralize
 
@@ -34,18 +35,18 @@ class UnnamedMatrices:
         """Whether most of the weights cannot be quantized as requested."""
         return self.share > 0.5
 
-    def note(self, rejection: str) -> Note:
-        """The note; ``rejection`` is why mlx-lm's layout cannot be made, or ""."""
-        advice = "--layout mlx-lm gives them such names and quantizes them"
-        if rejection:
-            advice = f"mlx-lm does not take them: {rejection}"
+    def note(self, other: OtherLayout) -> Note:
+        """The note, with the library whose layout gives them names, if there is one."""
+        advice = f"no library takes them: {other.rejection}"
+        if other.library:
+            advice = f"--layout {other.library} gives them such names and quantizes them"
         return Note(NoteCode.UNNAMED_MATRICES, f"{self._describe('stay')}; {advice}.")
 
     def problem(self, rejection: str) -> Problem:
         """The same as a problem, which stops the conversion."""
         return Problem(
             self.names[0],
-            f"{self._describe('would stay')}; mlx-lm's layout would name them, but {rejection}. "
+            f"{self._describe('would stay')}; a library's layout would name them, but {rejection}. "
             "--layout keep quantizes the other layers all the same, --dequantize none",
         )
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -206,14 +205,6 @@ class ConvertOptions:
             raise UsageError("choose one: dequantize, or bits, group size, mode and recipe")
         if self.gptq:
             _check_gptq(self)
-
-    @property
-    def vision_part(self) -> str | None:
-        """``mmproj`` for the reader: "none" where nothing that is written would hold images."""
-        text_only = self.layout == "mlx-lm" or (
-            self.layout == "auto" and find_spec("mlx_vlm") is None
-        )
-        return "none" if self.mmproj is None and text_only else self.mmproj
 
     @property
     def own_groups(self) -> bool:

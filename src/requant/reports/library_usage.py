@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from requant.libraries.modalities import modalities
 from requant.planning.plan import Plan
 
 # Tasks as the hub spells them.
@@ -162,11 +163,9 @@ def generates_text(config: Mapping[str, Any], files: Iterable[str]) -> bool:
     return "modules.json" not in files and not files.isdisjoint(_TOKENIZERS)
 
 
-def modalities(config: Mapping[str, Any]) -> str:
+def _task_of_towers(config: Mapping[str, Any]) -> str:
     """The task of a model by its towers; "" if its config describes none."""
-    sections = [config, *(x for x in config.values() if isinstance(x, dict))]
-    sees = any(section.get("vision_config") for section in sections)
-    hears = any(section.get("audio_config") for section in sections)
+    sees, hears = modalities(config)
     if sees:
         return ANY if hears else IMAGE_TEXT
     return AUDIO_TEXT if hears else ""
@@ -187,7 +186,7 @@ def task_of(
     Returns:
         A task of the hub; None if nothing says which it is.
     """
-    files, towers = {*files}, modalities(config)
+    files, towers = {*files}, _task_of_towers(config)
     if source and (layout != "mlx-lm" or towers or source not in _OF_TOWERS):
         return source
     named = config.get("architectures")
@@ -219,7 +218,7 @@ def usage(layout: str, task: str | None, config: Mapping[str, Any], model: str) 
         config: The output's ``config.json``.
         model: The repository.
     """
-    library, towers = LIBRARIES[layout], modalities(config)
+    library, towers = LIBRARIES[layout], _task_of_towers(config)
     if layout == "keep":
         kept = "Tensors have the source's names"
         if towers:
