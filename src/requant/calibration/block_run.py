@@ -36,8 +36,9 @@ from requant.calibration.text_windows import texts_of, windows_of
 from requant.core.types import Source
 from requant.errors import OutputError, UsageError, error_action
 from requant.mlx_lm import load_tokenizer
-from requant.mlx_lm.evaluation import as_backend_errors, on_cpu
+from requant.mlx_lm.evaluation import as_backend_errors
 from requant.mlx_lm.loading import check_installed
+from requant.nn.blas_products import blas_products, on_cpu
 from requant.output.record import version
 from requant.planning.planner import Planned
 
@@ -48,7 +49,7 @@ DEFAULT_TOKENS = 32_768
 DEFAULT_WINDOW = 512
 # Of all Hessians of one layer; a wider layer is left out, and named.
 MOST_HESSIAN_BYTES = 4 << 30
-_STATE = 2  # changes with what is kept of a stopped run
+_STATE = 3  # changes with what is kept of a stopped run
 
 ProgressCallback = Callable[[str, int, int], None]
 
@@ -253,10 +254,9 @@ class _Task:
         if self.progress is not None:
             self.progress(what, done, of)
 
-    def collector(self, model: TextModel, *, with_numpy: bool = False) -> Collector:
+    def collector(self, model: TextModel) -> Collector:
         """A new collector of the layers of a model."""
-        layers = observed_layers(model)
-        return Collector(layers, self.hessian, MOST_HESSIAN_BYTES, with_numpy=with_numpy)
+        return Collector(observed_layers(model), self.hessian, MOST_HESSIAN_BYTES)
 
 
 def run_blockwise(task: _Task, model: TextModel, folder: RunFolder) -> None:
@@ -279,8 +279,8 @@ def run_blockwise(task: _Task, model: TextModel, folder: RunFolder) -> None:
         folder.save_block(Collector({}, False, 0), 0)
     for number in range(folder.state.done, len(calls)):
         task.report(f"block {number + 1} of {len(calls)}", number + 1, steps)
-        collector = task.collector(model, with_numpy=on_cpu())
-        with collector.observing(), layered.block(number) as block:
+        collector = task.collector(model)
+        with blas_products(), collector.observing(), layered.block(number) as block:
             step = partial(layered.step, block, call=calls[number])
             inputs = (mx.array(row[None]).astype(first.dtype) for row in hidden.read(number))
             hidden.write(number + 1, _block_outputs(step, inputs, collector))
@@ -312,8 +312,8 @@ def run_whole(task: _Task, model: TextModel, folder: RunFolder) -> None:
     """Run a model that has its weights, window by window."""
     import mlx.core as mx
 
-    collector = task.collector(model, with_numpy=on_cpu())
-    with collector.observing():
+    collector = task.collector(model)
+    with blas_products(), collector.observing():
         for number, row in enumerate(task.ids):
             task.report("window of text", number + 1, len(task.ids))
             with as_backend_errors():

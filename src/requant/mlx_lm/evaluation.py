@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from requant.errors import BackendError, ParseError, UsageError
+from requant.nn.blas_products import blas_products
 from requant.text import format_value, one_line, pluralize, utf8_error
 
 DEFAULT_TOKENS = 8192
@@ -134,13 +135,6 @@ def read_tokens(path: Path, tokenizer: Any, most: int, window: int) -> np.ndarra
     return np.array(ids[: whole * window]).reshape(whole, window)
 
 
-def on_cpu() -> bool:
-    """Return whether MLX computes on a CPU."""
-    import mlx.core as mx
-
-    return bool(mx.default_device() == mx.Device(mx.cpu))
-
-
 @contextmanager
 def as_backend_errors() -> Iterator[None]:
     """Raise what MLX and the code of a library's class raise as BackendError."""
@@ -203,7 +197,7 @@ def _log_probabilities(model: Any, row: np.ndarray) -> Any:
     """Float32 ``(window - 1, vocabulary)`` for the tokens after the first."""
     import mlx.core as mx
 
-    with as_backend_errors():
+    with as_backend_errors(), blas_products():
         logits = model(mx.array(row[None, :-1]))[0].astype(mx.float32)
         result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         mx.eval(result)
