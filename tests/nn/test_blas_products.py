@@ -106,3 +106,17 @@ def test_a_query_that_sees_nothing() -> None:
         with blas.blas_products():
             made = mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=given)
         same(made, plain)
+
+
+def test_threads_change_no_bit(monkeypatch: MonkeyPatch) -> None:
+    """Of products of several pieces."""
+    linear, x = nn.Linear(64, 4100), normal(1, 1, 300, 64)
+    q = normal(2, 1, 3, 300, 64)
+    made = []
+    for threads in (1, 4):
+        monkeypatch.setattr("os.cpu_count", lambda threads=threads: threads)
+        with blas.blas_products():
+            attended = mx.fast.scaled_dot_product_attention(q, q, q, scale=0.1, mask="causal")
+            made.append((np.array(linear(x)), np.array(attended)))
+    for one, four in zip(*made, strict=True):
+        assert one.tobytes() == four.tobytes()

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from requant.bit_allocation.choose import allocate_bits
+from requant.bit_allocation.measure import without_budget
 from requant.bit_allocation.measurements import measurements_path
+from requant.calibration.conversion import (
+    collect_statistics,
+    cost_of_calibration,
+    remove_statistics,
+)
+from requant.calibration.cost import CalibrationCost
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import is_gguf
 from requant.core.reasons import Note, NoteCode
@@ -81,6 +88,12 @@ def plan(
     run.check_save_recipe(options)
     remote = find_repository(source, run.revision, options.vision_part)
     if options.budget is not None:
+        if options.calibrate is not None:
+            raise UsageError(
+                "--budget is planned with the statistics that --calibrate collects: requant "
+                "calibrate SOURCE -o stats.safetensors first, then plan with --imatrix "
+                "stats.safetensors; or convert"
+            )
         opened = open_source(source, remote, options.config_from)
         options = allocate_bits(opened, options, run)
         write_recipe(run, options)
@@ -130,6 +143,8 @@ def convert(
     remote = find_repository(source, run.revision, options.vision_part)
     _check_consume_source(source, folder, remote, options, run)
 
+    if options.calibrate is not None:
+        options = _with_statistics(source, folder, remote, options, run)
     opened = Path(source) if remote is None else _start_download(remote, folder, options, run)
     if options.budget is not None:
         keep = measurements_path(folder) if run.resume else None
@@ -165,11 +180,60 @@ def convert(
 
     if options.budget is not None:
         measurements_path(folder).unlink(missing_ok=True)
+    if options.calibrate is not None:
+        remove_statistics(folder)
     elapsed_s = time.perf_counter() - began
     report = Report.build(planned.plan, str(output), attempt.result, elapsed_s)
     if run.verify_load:
         report = replace(report, load=_load_output(folder, planned.plan))
     return report
+
+
+def calibration_cost(
+    source: Source, quantization: Quantization | None = None, **arguments: Unpack[PlanKeywords]
+) -> CalibrationCost | None:
+    """What the calibration of a conversion takes on this machine; only headers are read.
+
+    Args:
+        source: As in ``convert``.
+        quantization: As in ``convert``.
+        **arguments: The options of ``plan``.
+
+    Returns:
+        Tokens, time, memory and disk; None where the options calibrate nothing.
+
+    Raises:
+        HubError, CheckpointError, UsageError: As ``calibrate``.
+    """
+    options, run = read_arguments("plan", quantization, arguments)
+    if options.calibrate is None:
+        return None
+    return cost_of_calibration(source, options, run.revision)
+
+
+def _with_statistics(
+    source: Source,
+    output: Path,
+    remote: Repository | None,
+    options: ConvertOptions,
+    run: RunOptions,
+) -> ConvertOptions:
+    """The options with the statistics of a calibration, which is resumed or run first.
+
+    Where no layer is searched for scales, nothing is calibrated.
+    """
+    if run.consume_source:
+        raise UsageError(
+            "--consume-source deletes what --calibrate reads: requant calibrate SOURCE -o "
+            "stats.safetensors first, then --imatrix stats.safetensors with --consume-source"
+        )
+    checkpoint = read_source(source, remote, options.config_from, options.vision_part)
+    first = make_plan(checkpoint, without_budget(options), is_trial=True)
+    check_output(first, output, run.force, staged_bytes(output))
+    if all(step.search == "off" for step in first.steps):
+        return replace(options, calibrate=None, gptq=False, quality=None)
+    statistics = collect_statistics(source, output, options, run)
+    return replace(options, statistics=str(statistics))
 
 
 def _load_output(output: Path, plan: Plan) -> LoadCheck:

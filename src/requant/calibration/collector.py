@@ -17,7 +17,7 @@ import numpy as np
 
 from requant.importance.layer_names import layer_key, same_input
 from requant.importance.reader import LayerStatistics
-from requant.nn.blas_products import by_expert, expert_layers, on_cpu, rows_of_experts
+from requant.nn.blas_products import by_expert, expert_layers, in_parallel, on_cpu, rows_of_experts
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -96,10 +96,12 @@ class Sums:
 
 def _add_products(total: np.ndarray, x: np.ndarray) -> None:
     """Add the upper triangle of ``x^T x`` in place, some columns at a time."""
-    n_in = x.shape[1]
-    for start in range(0, n_in, _COLUMNS):
-        stop = min(start + _COLUMNS, n_in)
-        total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+
+    def add(start: int) -> None:
+        columns = slice(start, start + _COLUMNS)
+        total[columns, start:] += x[:, columns].T @ x[:, start:]
+
+    in_parallel(add, range(0, x.shape[1], _COLUMNS))
 
 
 @dataclass(frozen=True, slots=True)

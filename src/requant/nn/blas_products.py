@@ -7,17 +7,24 @@ MLX's own products on a CPU take tens of times longer (``benchmarks/cpu_products
 - ``mx.fast.scaled_dot_product_attention``, through which the libraries' classes compute attention.
 
 Whatever is not float32, and all of it on a GPU, is left to MLX. Results differ by rounding.
+
+Products are cut into pieces of fixed sizes, each computed by one thread: the number of threads
+changes no bit, and threads do not wait for each other inside BLAS.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from itertools import product as pairs
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from requant.kernels.blas_threads import one_blas_thread
 from requant.libraries import LIBRARIES
 from requant.libraries.surroundings import replaced
 
@@ -25,6 +32,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 _QUERIES = 128  # queries of causal attention at a time; keys after the last of them are skipped
+_ROWS, _COLUMNS = 256, 4096  # of the product of a layer that one thread computes
+_T = TypeVar("_T")
+_pool: ThreadPoolExecutor | None = None  # threads of the outermost ``blas_products``
 
 
 def on_cpu() -> bool:
@@ -43,13 +53,42 @@ def expert_layers() -> list[type]:
 @contextmanager
 def blas_products() -> Iterator[None]:
     """Compute products of this thread by NumPy inside the context; nothing changes on a GPU."""
+    if not on_cpu():
+        yield
+        return
+    with _threads(), _replaced_products():
+        yield
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """Threads for ``in_parallel``, whose products take one thread of BLAS each."""
+    global _pool
+    if _pool is not None:
+        yield
+        return
+    with one_blas_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as _pool:
+        try:
+            yield
+        finally:
+            _pool = None
+
+
+def in_parallel(function: Callable[[_T], object], items: Sequence[_T]) -> None:
+    """Call a function of NumPy for each item: inside ``blas_products`` on several threads."""
+    if _pool is None or len(items) < 2:
+        for item in items:
+            function(item)
+    else:
+        list(_pool.map(function, items))
+
+
+@contextmanager
+def _replaced_products() -> Iterator[None]:
     import mlx.core as mx
     from mlx.nn.layers.embedding import Embedding
     from mlx.nn.layers.linear import Linear
 
-    if not on_cpu():
-        yield
-        return
     replacements: list[tuple[Any, str, Callable[..., mx.array | None]]] = [
         (Linear, "__call__", _linear),
         (Embedding, "as_linear", _linear),
@@ -94,10 +133,22 @@ def _linear(layer: Any, x: mx.array) -> mx.array | None:
 
     if not _are_float32(x, layer.weight):
         return None
-    product = _view(x).reshape(-1, x.shape[-1]) @ _view(layer.weight).T
+    product = _product(_view(x).reshape(-1, x.shape[-1]), _view(layer.weight))
     if "bias" in layer:
         product += _view(layer.bias)
     return mx.array(product.reshape(*x.shape[:-1], -1))
+
+
+def _product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """``x @ weight.T``."""
+    result = np.empty((len(x), len(weight)), np.float32)
+
+    def compute(start: tuple[int, int]) -> None:
+        rows, columns = slice(start[0], start[0] + _ROWS), slice(start[1], start[1] + _COLUMNS)
+        result[rows, columns] = x[rows] @ weight[columns].T
+
+    in_parallel(compute, [*pairs(range(0, len(x), _ROWS), range(0, len(weight), _COLUMNS))])
+    return result
 
 
 def _experts(layer: Any, x: mx.array, indices: mx.array, *_: Any, **__: Any) -> mx.array | None:
@@ -107,10 +158,15 @@ def _experts(layer: Any, x: mx.array, indices: mx.array, *_: Any, **__: Any) -> 
         return None
     rows, weight = _view(rows_of_experts(x, indices)), _view(layer.weight)
     product = np.empty((len(rows), weight.shape[1]), np.float32)
-    for expert, places in by_expert(x, indices):
+    bias = _view(layer.bias) if "bias" in layer else None
+
+    def compute(selected: tuple[int, np.ndarray]) -> None:
+        expert, places = selected
         product[places] = rows[places] @ weight[expert].T
-        if "bias" in layer:
-            product[places] += _view(layer.bias)[expert]
+        if bias is not None:
+            product[places] += bias[expert]
+
+    in_parallel(compute, [*by_expert(x, indices)])
     return mx.array(product.reshape(*_batch(x, indices), x.shape[-2], -1))
 
 
@@ -168,25 +224,32 @@ def _attention(
     batch, heads, queries, dims = q.shape
     kv_heads, keys = k.shape[1:3]
     shape = (batch, kv_heads, heads // kv_heads)
-    grouped = _view(q).reshape(*shape, queries, dims) * np.float32(scale)
-    keys_t, values = _view(k).swapaxes(-1, -2)[:, :, None], _view(v)[:, :, None]
+    grouped = _view(q).reshape(*shape, queries, dims)
+    keys_of, values_of = _view(k), _view(v)
     output = np.empty((*shape, queries, v.shape[-1]), np.float32)
-    causal, added = isinstance(mask, str), None
-    if not (causal or mask is None):
+    is_causal = isinstance(mask, str)
+    added = None
+    if not (is_causal or mask is None):
         added = _scores_of_mask(mask, (batch, heads, queries, keys)).reshape(*shape, queries, keys)
-    sink = None if sinks is None else np.asarray(_view(sinks), np.float32)
-    for start in range(0, queries, _QUERIES):
+    sink = None if sinks is None else _view(sinks.astype(mx.float32)).reshape(kv_heads, -1, 1, 1)
+
+    def compute(part: tuple[int, int, int]) -> None:
+        entry, head, start = part
         stop = min(start + _QUERIES, queries)
         # The last query sees all keys, one before it one key less, and so on.
-        most = keys - queries + stop if causal else keys
-        scores = grouped[..., start:stop, :] @ keys_t[..., :most]
-        if causal:
+        most = keys - queries + stop if is_causal else keys
+        scaled = grouped[entry, head, :, start:stop] * np.float32(scale)
+        scores = scaled @ keys_of[entry, head, :most].T
+        if is_causal:
             later = np.triu(np.full((stop - start, stop - start), -np.inf, np.float32), 1)
             scores[..., most - (stop - start) :] += later
         elif added is not None:
-            scores += added[..., start:stop, :]
-        weights = _softmax(scores, None if sink is None else sink.reshape(1, *shape[1:], 1, 1))
-        np.matmul(weights, values[..., :most, :], out=output[..., start:stop, :])
+            scores += added[entry, head, :, start:stop]
+        weights = _softmax(scores, None if sink is None else sink[head])
+        output[entry, head, :, start:stop] = weights @ values_of[entry, head, :most]
+
+    parts = pairs(range(batch), range(kv_heads), range(0, queries, _QUERIES))
+    in_parallel(compute, [*parts])
     return mx.array(output.reshape(batch, heads, queries, -1))
 
 
