@@ -20,12 +20,13 @@ from requant.calibration import block_run as run
 from requant.calibration import blocks
 from requant.calibration import text_windows as windows
 from requant.calibration.block_run import calibrate
-from requant.calibration.collector import Collector
+from requant.calibration.collector import Collector, Sums
 from requant.calibration.run_folder import RunFolder
 from requant.calibration.text_model import TextModel
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.importance.reader import read_statistics
 from requant.importance.statistics_file import Importance
+from requant.nn.blas_products import blas_products
 from requant.planning.planner import plan_with_source
 from requant.quantization.options import ConvertOptions
 from requant.sources.open import read_checkpoint
@@ -100,7 +101,7 @@ def test_inputs_of_a_dense_model(text: Path, tmp_path: Path) -> None:
         importance = entry(out, f"model.layers.0.{name}", (1, x.shape[-1]))
         np.testing.assert_allclose(importance.weights(0), squares(x), rtol=1e-4)
         rows = np.array(x).reshape(-1, x.shape[-1]).astype(np.float64)
-        hessian = rows.T @ rows / len(rows)
+        hessian = np.triu(rows.T @ rows / len(rows))
         room = 1e-5 * np.abs(hessian).max()
         np.testing.assert_allclose(importance.hessian(0), hessian, rtol=1e-3, atol=room)
     tied = "model.embed_tokens" if "lm_head" not in loaded else "lm_head"
@@ -369,27 +370,6 @@ def test_layers_of_a_class_that_is_not_watched_are_named(text: Path, tmp_path: P
     assert not any(name.endswith("o_proj") for name in calibration.not_observed)
 
 
-@pytest.mark.parametrize("tokens", [5, 100])  # mlx-lm sorts rows by expert from 64 on
-def test_numpy_multiplies_as_mlx_does(tokens: int) -> None:
-    """Layers with and without bias; the fourth expert is never asked."""
-    rng = np.random.default_rng(tokens)
-    glu = SwitchGLU(16, 24, 4, bias=tokens == 5)
-    linear = nn.Linear(16, 8, bias=tokens == 5)
-    glu.apply(lambda p: mx.array(rng.normal(size=p.shape), mx.float32))
-    x = mx.array(rng.normal(size=(1, tokens, 16)), mx.float32)
-    chosen = mx.array([[rng.permutation(3)[:2].tolist() for _ in range(tokens)]], mx.uint32)
-    plain = glu(x, chosen), linear(x)
-    paths = {id(m): n for n, m in glu.named_modules()} | {id(linear): "linear"}
-    collector = Collector(paths, True, 1 << 30, with_numpy=True)
-    with collector.observing():
-        made = glu(x, chosen), linear(x)
-        collector.flush()
-    for ours, theirs in zip(made, plain, strict=True):
-        np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-4)
-    assert collector.sums["down_proj"].count.sum() == 2 * tokens
-    assert collector.sums["down_proj"].count[3] == 0
-
-
 @pytest.mark.parametrize(
     ("batch", "asked"), [((3, 1), (3, 2)), ((3, 2), (1, 2)), ((1, 2), (3, 1)), ((4,), (4,))]
 )
@@ -399,8 +379,8 @@ def test_inputs_and_experts_spread_over_each_other(batch: tuple[int, ...], asked
     stack = SwitchLinear(8, 5, 4, bias=False)
     x = mx.array(rng.normal(size=(*batch, 2, 8)), mx.float32)
     chosen = mx.array(rng.integers(0, 4, asked), mx.uint32)
-    collector = Collector({id(stack): "stack"}, False, 0, with_numpy=True)
-    with collector.observing():
+    collector = Collector({id(stack): "stack"}, False, 0)
+    with blas_products(), collector.observing():
         made = stack(x, chosen)
         collector.flush()
     plain = stack(x, chosen)
@@ -415,6 +395,44 @@ def test_inputs_and_experts_spread_over_each_other(batch: tuple[int, ...], asked
         squares[experts[place]] += (rows[place] ** 2).sum(0)
     assert (collector.sums["stack"].count == count).all()
     np.testing.assert_allclose(collector.sums["stack"].squares, squares, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_sums_on_a_device_are_those_of_numpy(dtype: mx.Dtype, monkeypatch: MonkeyPatch) -> None:
+    """What a GPU computes, here on the CPU: a layer, and experts one of which is never asked."""
+    rng = np.random.default_rng(7)
+    glu, linear = SwitchGLU(16, 24, 4), nn.Linear(16, 8)
+    paths = {id(m): n for n, m in glu.named_modules()} | {id(linear): "linear"}
+    x = mx.array(rng.normal(size=(1, 9, 16))).astype(dtype)
+    chosen = mx.array([[rng.permutation(3)[:2].tolist() for _ in range(9)]], mx.uint32)
+    sums = []
+    for is_cpu in (True, False):
+        monkeypatch.setattr("requant.calibration.collector.on_cpu", lambda is_cpu=is_cpu: is_cpu)
+        collector = Collector(paths, True, 1 << 30)
+        for _ in range(2):
+            with collector.observing():
+                glu(x, chosen), linear(x)
+                collector.flush()
+        sums.append(collector.sums)
+    for name, ours in sums[0].items():
+        theirs = sums[1][name]
+        assert (ours.count == theirs.count).all()
+        for a, b in zip(ours.statistics().__slots__, theirs.statistics().__slots__, strict=True):
+            mine, other = getattr(ours.statistics(), a), getattr(theirs.statistics(), b)
+            np.testing.assert_allclose(mine, other, rtol=1e-5)
+        for expert in range(len(ours.count)):
+            pair = [np.triu(s.hessian(expert)) for s in (ours, theirs)]
+            np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hessian_of_more_columns_than_are_summed_at_a_time() -> None:
+    """Its upper triangle, of tokens added in two parts."""
+    x = np.random.default_rng(8).normal(size=(40, 450)).astype(np.float32)
+    sums = Sums(1, 450, True, False)
+    sums.add(x[:13])
+    sums.add(x[13:])
+    expected = np.triu(x.astype(np.float64).T @ x / 40)
+    np.testing.assert_allclose(np.triu(sums.hessian(0)), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

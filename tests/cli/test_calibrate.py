@@ -51,3 +51,20 @@ def test_what_a_report_says_to_check_with_is_enough(
     card = model_card(read_figures("out"), "me/out", None, FrontMatter())
     assert "`s.safetensors` holds these statistics" in card and "(GPTQ)" in card
     assert "requant verify SOURCE out --imatrix s.safetensors" in card
+
+
+def test_as_a_part_of_a_conversion(
+    tmp_path: Path, requant: Requant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text may be left out: then the next word is not one."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("A file holds bytes, and a tensor is a run of them. " * 40)
+    done = requant("convert", "--calibrate", "text.txt", LLAMA, "out", "--bits", "3")
+    assert done.code == 0, done.err
+    assert "calibration with Hessians: 32,768 tokens, about " in done.err
+    planned = requant("plan", "--calibrate", LLAMA, "--quality", "balanced", "--json")
+    assert planned.code == 0, planned.err
+    cost = json.loads(planned.out)["calibration"]
+    assert (cost["tokens"], cost["hessians"]) == (32_768, False)
+    assert "of memory" in requant("plan", LLAMA, "--calibrate").out
+    assert requant("plan", LLAMA, "--quality", "fast").out.count("calibration") == 0

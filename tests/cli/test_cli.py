@@ -86,7 +86,7 @@ def test_generate_takes_every_option_that_is_not_about_files(requant: Requant) -
         for c in ("plan", "generate")
     ]
     files = {"--layout", "--keep-extra", "--shard-size", "--save-recipe", "--mmproj"}
-    assert options[0] - options[1] == files
+    assert options[0] - options[1] == files | {"--quality", "--calibrate"}
 
 
 def test_start_imports_nothing_heavy() -> None:

@@ -64,7 +64,7 @@ def test_plain_counting_is_rare_in_a_long_run(
             clock[0] = 1000 + second
             update("window\x1b[2J of text", second, 7200)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == r"  0%  2 of 7,200  window\x1b[2J of text"
+    assert lines[0] == r"  0%  2 of 7,200  1 h 59 min left  window\x1b[2J of text"
     assert lines[1].startswith("  0%  7 of 7,200") and lines[-1].startswith(" 99%  7,1")
     assert 100 < len(lines) < 200
 
@@ -90,6 +90,24 @@ def test_quiet_has_no_progress() -> None:
     for display in (progress.progress_display, progress.counting_display):
         with display(quiet=True) as update:
             assert update is None
+
+
+def test_a_count_tells_the_time_that_is_left(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    """From the work of this run: an earlier one had done 10 of 40."""
+    with progress.counting_display(quiet=False) as update:
+        assert update is not None
+        update("block 1", 10, 40)
+        clock[0] += 20
+        update("block 2", 20, 40)
+    assert capsys.readouterr().err == " 50%  20 of 40  40 s left  block 2\n"
+
+
+def test_a_calibration_tells_the_time_that_is_left() -> None:
+    now = Progress("block 2 of 3", 0, 0, 5.0, steps_done=30, steps_total=50, steps_before=20)
+    text = progress.describe_progress(now)
+    assert text.startswith("calibrating  10 s left  ") and text.endswith("block 2 of 3")
 
 
 def test_memory_in_use_is_that_of_a_python_process() -> None:

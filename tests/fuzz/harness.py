@@ -444,6 +444,8 @@ def statistics_file(rng: random.Random) -> bytes:
             tensors[f"{name}.count"] = ["F32", [1]]
             if rng.random() < 0.3:
                 tensors[f"{name}.hessian"] = ["F32", [size, size]]
+            elif rng.random() < 0.3:
+                tensors[f"{name}.hessian_triangle"] = ["F32", [size * (size + 1) // 2]]
         if rng.random() < 0.3:
             damage_tensors(tensors, rng)
         text, nbytes = header_of(tensors, {"format": "requant-statistics", "version": "1"})

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 import requant
 from requant.errors import CheckpointError, RequantError
@@ -236,7 +237,7 @@ def test_what_is_written_is_read(
         layers[name] = LayerStatistics(values, np.ones(experts), values * 2)
         if with_hessian:
             full = squares(experts, n_in, n_in, seed=n)
-            hessians[name] = (full.shape, lambda full=full: full)
+            hessians[name] = full.__getitem__
     write_statistics(path, layers, hessians)
     statistics = read_statistics(path)
     assert set(statistics.seen) == set(shapes)
@@ -250,7 +251,29 @@ def test_what_is_written_is_read(
             assert np.array_equal(weights, squares(experts, n_in, seed=n)[expert])
             if with_hessian:
                 full = squares(experts, n_in, n_in, seed=n)[expert]
-                assert np.array_equal(answer.hessian(expert), full)
+                assert np.array_equal(answer.hessian(expert), np.triu(full))
+
+
+def test_hessians_of_older_files_are_read(tmp_path: Path) -> None:
+    """They are whole matrices."""
+    full = squares(2, 5, 5, seed=3)
+    tensors = {"a.mean_square": squares(2, 5), "a.count": np.ones(2, "<f4"), "a.hessian": full}
+    path = tmp_path / "s.safetensors"
+    save_file(tensors, path, {"format": "requant-statistics", "version": "1"})
+    answer = read_statistics(path).find("a", (2, 3, 5))
+    assert not isinstance(answer, str | None)
+    for expert in range(2):
+        assert np.array_equal(answer.hessian(expert), full[expert])
+
+
+def test_hessians_take_a_triangle(tmp_path: Path) -> None:
+    """Row by row from the diagonal, as safetensors reads it."""
+    full = squares(3, 70, 70, seed=4)
+    layers = {"a": LayerStatistics(squares(3, 70), np.ones(3))}
+    write_statistics(tmp_path / "s.safetensors", layers, {"a": full.__getitem__})
+    stored = load_file(tmp_path / "s.safetensors")["a.hessian_triangle"]
+    rows, columns = np.triu_indices(70)
+    assert np.array_equal(stored, full[:, rows, columns])
 
 
 def cut(path: Path) -> None:

@@ -206,7 +206,7 @@ def test_options_that_a_recipe_contradicts(tmp_path: Path) -> None:
         ("[defaults]\nbits = 4", "defaults: is not a known key; did you mean 'default'?"),
         (
             "colour = 1\n[default]",
-            "colour: is not a known key; known: description, search, default, rules",
+            "colour: is not a known key; known: description, search, quality, default, rules",
         ),
         ("description = 4\n[default]", "description: is 4, expected a text"),
         ("default = 4", "default: is 4, expected a table"),

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from requant.cli import app
+from requant.cli.options import with_optional_texts
 
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
@@ -25,7 +26,7 @@ def check_usage(line: str) -> None:
     if "--help" in words or "-h" in words:
         return
     try:
-        COMMANDS[words[1]].make_context(words[1], words[2:])
+        COMMANDS[words[1]].make_context(words[1], with_optional_texts(words[2:]))
     except Exception as error:
         message = getattr(error, "message", error)
         raise AssertionError(f"{line}: {message}") from None

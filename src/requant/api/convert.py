@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from requant.api.parts import check_part, join_command
 from requant.bit_allocation.choose import allocate_bits
+from requant.bit_allocation.measure import without_budget
 from requant.bit_allocation.measurements import measurements_path
+from requant.calibration.conversion import (
+    collect_statistics,
+    cost_of_calibration,
+    remove_statistics,
+)
+from requant.calibration.cost import CalibrationCost
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import is_gguf
 from requant.core.reasons import Note, NoteCode
@@ -87,6 +94,12 @@ def plan(
     run.check_save_recipe(options)
     remote = find_repository(source, run.revision, vision_part(options))
     if options.budget is not None:
+        if options.calibrate is not None:
+            raise UsageError(
+                "--budget is planned with the statistics that --calibrate collects: requant "
+                "calibrate SOURCE -o stats.safetensors first, then plan with --imatrix "
+                "stats.safetensors; or convert"
+            )
         opened = open_source(source, remote, options.config_from)
         options = allocate_bits(opened, options, run)
         write_recipe(run, options)
@@ -140,6 +153,8 @@ def convert(
     if run.part is not None:
         check_part(options, run)
 
+    if options.calibrate is not None:
+        options = _with_statistics(source, folder, remote, options, run)
     opened = start_source(source, remote, folder, options, run)
     if options.budget is not None:
         keep = measurements_path(folder) if run.resume else None
@@ -163,6 +178,8 @@ def convert(
 
     if options.budget is not None:
         measurements_path(folder).unlink(missing_ok=True)
+    if options.calibrate is not None:
+        remove_statistics(folder)
     return report_of(planned, folder, result, began, run)
 
 
@@ -227,6 +244,53 @@ def report_of(
     if run.verify_load:
         report = replace(report, load=_load_output(output, planned.plan))
     return report
+
+
+def calibration_cost(
+    source: Source, quantization: Quantization | None = None, **arguments: Unpack[PlanKeywords]
+) -> CalibrationCost | None:
+    """What the calibration of a conversion takes on this machine; only headers are read.
+
+    Args:
+        source: As in ``convert``.
+        quantization: As in ``convert``.
+        **arguments: The options of ``plan``.
+
+    Returns:
+        Tokens, time, memory and disk; None where the options calibrate nothing.
+
+    Raises:
+        HubError, CheckpointError, UsageError: As ``calibrate``.
+    """
+    options, run = read_arguments("plan", quantization, arguments)
+    if options.calibrate is None:
+        return None
+    return cost_of_calibration(source, options, run.revision)
+
+
+def _with_statistics(
+    source: Source,
+    output: Path,
+    remote: Repository | None,
+    options: ConvertOptions,
+    run: RunOptions,
+) -> ConvertOptions:
+    """The options with the statistics of a calibration, which is resumed or run first.
+
+    Where no layer is searched for scales, nothing is calibrated.
+    """
+    if run.consume_source:
+        raise UsageError(
+            "--consume-source deletes what --calibrate reads: requant calibrate SOURCE -o "
+            "stats.safetensors first, then --imatrix stats.safetensors with --consume-source"
+        )
+    checkpoint = read_source(source, remote, options.config_from, vision_part(options))
+    first = make_plan(checkpoint, without_budget(options), is_trial=True)
+    check_output(first, output, run.force, staged_bytes(output))
+    if all(step.search == "off" for step in first.steps):
+        return replace(options, calibrate=None, gptq=False, quality=None)
+    statistics = collect_statistics(source, output, options, run)
+    return replace(options, statistics=str(statistics))
 
 
 def _load_output(output: Path, plan: Plan) -> LoadCheck:

@@ -25,6 +25,11 @@ def check_part(options: ConvertOptions, run: RunOptions) -> None:
             "requant plan SOURCE --budget SIZE --save-recipe FILE.toml chooses the bits once; give "
             "--recipe FILE.toml to every part",
         ),
+        "--calibrate": (
+            options.calibrate is not None,
+            "requant calibrate SOURCE --hessian -o stats.safetensors collects the statistics once; "
+            "give --gptq --imatrix stats.safetensors to every part",
+        ),
         "--consume-source": (
             run.consume_source,
             "other parts still read the source; delete it after `requant join`",

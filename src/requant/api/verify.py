@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -42,7 +43,7 @@ from requant.planning.layout_selection import vision_part
 from requant.planning.plan import Plan
 from requant.planning.plan_source import PlanSource
 from requant.planning.planner import Planned, plan_with_source
-from requant.quantization.options import ConvertOptions
+from requant.quantization.options import STATISTICS, ConvertOptions
 from requant.sources.hub_repository import find_repository, open_source
 from requant.sources.open import as_checkpoint, read_checkpoint
 from requant.text import format_value, join_first, os_error_text
@@ -300,12 +301,18 @@ def _repeated_plan(
     options = record.get("options")
     try:
         recorded = ConvertOptions.from_dict(options if isinstance(options, Mapping) else {})
+        if recorded.calibrate is not None and statistics is None:
+            raise UsageError(
+                "the conversion collected statistics itself, and did not keep them. To repeat it, "
+                f"make them again: {shlex.join(recorded.calibration_words('SOURCE'))}, then "
+                f"requant verify SOURCE OUTPUT --imatrix {STATISTICS}"
+            )
         if recorded.statistics is not None and statistics is None:
             raise UsageError(
                 f"the output was made with statistics, {recorded.statistics}: name that file with "
                 "--imatrix, so that the conversion can be repeated"
             )
-        if recorded.statistics is None and statistics is not None:
+        if (recorded.statistics, recorded.calibrate) == (None, None) and statistics is not None:
             raise UsageError(f"--imatrix {statistics}: the output was made without statistics")
         repeated = replace(recorded, config_from=config_from, statistics=statistics)
         planned = plan_with_source(
@@ -321,7 +328,8 @@ def _repeated_plan(
         by = "" if maker == version() else f"; it was made by requant {other}, this is {version()}"
         why = _describe_source_changes(plan, record)
         if not by and not why and statistics is not None:
-            why = f"; {statistics} is probably another file than the recorded {recorded.statistics}"
+            named = recorded.statistics or "one of the conversion"
+            why = f"; {statistics} is probably another file than the recorded {named}"
         problems.add(f"{RECORD}: plan", f"this source gives another plan{by}{why}")
     return planned
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -38,8 +38,9 @@ from requant.core.types import Source
 from requant.errors import OutputError, UsageError, error_action
 from requant.libraries.loading import check_installed
 from requant.mlx_lm import load_tokenizer
-from requant.mlx_lm.evaluation import as_backend_errors, on_cpu
+from requant.mlx_lm.evaluation import as_backend_errors
 from requant.mlx_vlm.image_prompts import image_prompts
+from requant.nn.blas_products import blas_products, on_cpu
 from requant.output.record import version
 from requant.planning.planner import Planned
 
@@ -50,7 +51,9 @@ DEFAULT_TOKENS = 32_768
 DEFAULT_WINDOW = 512
 # Of all Hessians of one layer; a wider layer is left out, and named.
 MOST_HESSIAN_BYTES = 4 << 30
-_STATE = 2  # changes with what is kept of a stopped run
+_STATE = 3  # changes with what is kept of a stopped run
+
+_T = TypeVar("_T")
 
 ProgressCallback = Callable[[str, int, int], None]
 
@@ -156,9 +159,41 @@ def calibrate(
             ``.safetensors``.
         OutputError: The output exists or cannot be written.
     """
-    began = time.perf_counter()
     place = Path(output)
     _check_output(place, force)
+    task = prepare(
+        model,
+        text,
+        images=images,
+        hessian=hessian,
+        tokens=tokens,
+        window=window,
+        seed=seed,
+        revision=revision,
+        config_from=config_from,
+        threads=threads,
+    )
+    return run(task, place, resume=resume, progress=progress, on_note=on_note)
+
+
+def prepare(
+    model: Source,
+    text: Source | Sequence[Source] | None = None,
+    *,
+    images: Sequence[Source] = (),
+    hessian: bool = False,
+    tokens: int = DEFAULT_TOKENS,
+    window: int = DEFAULT_WINDOW,
+    seed: int = 0,
+    revision: str | None = None,
+    config_from: Source | None = None,
+    threads: int | None = None,
+) -> Task:
+    """What ``calibrate`` is to do, with the same arguments: a model's plan, and a text's tokens.
+
+    Raises:
+        HubError, CheckpointError, UsageError: As ``calibrate``.
+    """
     if window < 2 or tokens < window:
         raise UsageError(
             f"{tokens:,} tokens in windows of {window:,}: one window is the least; raise --tokens, "
@@ -168,36 +203,56 @@ def calibrate(
     prompts = image_prompts(map(Path, images), texts)
     check_installed(model, "mlx-vlm" if prompts else "mlx-lm")
     planned = plan_text_model(model, revision, config_from, with_images=bool(prompts))
-    network = build_empty_text_model(planned.plan)
     tokenizer = load_tokenizer(model, planned)
     ids = windows_of(tokenizer, texts, tokens, window, seed, may_be_empty=bool(prompts))
     pictures = None
     if prompts:
+        network = build_empty_text_model(planned.plan)
         pictures = ImageWindows.of(model, planned, network.whole, prompts).within(tokens, seed)
-    task = _Task(planned, ids, pictures, hessian=hessian, threads=threads, progress=progress)
-    with RunFolder(planned.plan.source, place, task.key, resume) as folder:
-        if hessian and on_note is not None:
+    return Task(
+        model=model,
+        planned=planned,
+        ids=ids,
+        pictures=pictures,
+        hessian=hessian,
+        seed=seed,
+        revision=revision,
+        config_from=config_from,
+        threads=threads,
+    )
+
+
+def run(
+    task: Task,
+    output: Path,
+    *,
+    resume: bool = True,
+    progress: ProgressCallback | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Calibration:
+    """Calibrate, and write the statistics file ``output``.
+
+    Raises:
+        HubError, CheckpointError, OutputError: As ``calibrate``.
+    """
+    began = time.perf_counter()
+    planned, ids, pictures = task.planned, task.ids, task.pictures
+    with RunFolder(planned.plan.source, output, task.key, resume) as folder:
+        network = build_empty_text_model(planned.plan)
+        if task.hessian and on_note is not None:
             for note in _notes_of_wide_layers(network):
                 on_note(note)
         reason = "images are run through all of it" if pictures else ""
         try:
             if not reason:
-                run_blockwise(task, network, folder)
+                run_blockwise(task, network, folder, progress)
         except NotBlockwiseError as error:
             reason = str(error)
         if reason:  # outside of the handler, which would keep the first model's weights
             folder.start_over()
-            network, _ = load_text_model(
-                model,
-                planned.plan.layout,
-                dequantize=True,
-                dtype="float32" if on_cpu() else None,
-                revision=revision,
-                config_from=config_from,
-                threads=threads,
-            )
-            run_whole(task, network, folder)
-        numbers = {"tokens": ids.size, "window": window, "seed": seed}
+            network = task.load_whole()
+            run_whole(task, network, folder, progress)
+        numbers = {"tokens": ids.size, "window": ids.shape[1], "seed": task.seed}
         metadata = {key: str(number) for key, number in numbers.items()}
         metadata["text_sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
         if pictures is not None:
@@ -206,8 +261,8 @@ def calibrate(
         folder.finish({"requant": version(), **metadata})
     seen = 0 if pictures is None else len(pictures.windows.prompts)
     return Calibration(
-        source=str(model),
-        output=str(place),
+        source=str(task.model),
+        output=str(output),
         tokens=int(ids.size) + (0 if pictures is None else pictures.tokens),
         windows=len(ids) + seen,
         images=seen,
@@ -255,16 +310,19 @@ def _notes_of_wide_layers(model: TextModel) -> Iterator[str]:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
     """What is to be calibrated: a model, windows of a text ``(windows, tokens)``, and images."""
 
+    model: Source
     planned: Planned
     ids: np.ndarray
     pictures: DrawnImages | None
     hessian: bool
+    seed: int
+    revision: str | None
+    config_from: Source | None
     threads: int | None
-    progress: ProgressCallback | None
 
     @property
     def key(self) -> str:
@@ -274,19 +332,30 @@ class _Task:
             parts.append(self.pictures.digest)
         return hashlib.sha256(json.dumps(parts).encode() + self.ids.tobytes()).hexdigest()
 
-    def report(self, what: str, done: int, of: int) -> None:
-        """Report progress to the caller."""
-        if self.progress is not None:
-            self.progress(what, done, of)
-
-    def collector(self, model: TextModel, *, with_numpy: bool = False) -> Collector:
+    def collector(self, model: TextModel) -> Collector:
         """A new collector of the layers of a model."""
-        layers = observed_layers(model)
-        return Collector(layers, self.hessian, MOST_HESSIAN_BYTES, with_numpy=with_numpy)
+        return Collector(observed_layers(model), self.hessian, MOST_HESSIAN_BYTES)
+
+    def load_whole(self) -> TextModel:
+        """The model with its weights."""
+        model, _ = load_text_model(
+            self.model,
+            self.planned.plan.layout,
+            dequantize=True,
+            dtype="float32" if on_cpu() else None,
+            revision=self.revision,
+            config_from=self.config_from,
+            threads=self.threads,
+        )
+        return model
 
 
-def run_blockwise(task: _Task, model: TextModel, folder: RunFolder) -> None:
+def run_blockwise(
+    task: Task, model: TextModel, folder: RunFolder, progress: ProgressCallback | None
+) -> None:
     """Run a model without its weights block by block, from the first block that is not done.
+
+    ``progress`` counts windows through blocks.
 
     Raises:
         NotBlockwiseError: The model cannot be run so.
@@ -299,28 +368,40 @@ def run_blockwise(task: _Task, model: TextModel, folder: RunFolder) -> None:
     calls = layered.calls(ids[0], ids[-1])
     first = layered.embed(ids[0])
     hidden = folder.hidden_states((*ids.shape, first.shape[-1]))
-    steps = len(calls) + 2
+    steps = (len(calls) + 1) * len(ids)
+
+    began, before = time.perf_counter(), max(folder.state.done, 0) * len(ids)
+
+    def report(what: str, number: int, inputs: Iterable[_T]) -> Iterator[_T]:
+        for window, x in enumerate(inputs):
+            done = number * len(ids) + window
+            if progress is not None:
+                share = (done - before) / steps  # of the model's blocks and the text's tokens
+                speed = share * ids.size / max(time.perf_counter() - began, 1e-9)
+                progress(f"{what}, {speed:,.0f} tokens/s" if share else what, done, steps)
+            yield x
+
     if folder.state.done < 0:
         hidden.write(0, (_to_numpy(layered.embed(row)) for row in ids))
         folder.save_block(Collector({}, False, 0), 0)
     for number in range(folder.state.done, len(calls)):
-        task.report(f"block {number + 1} of {len(calls)}", number + 1, steps)
-        collector = task.collector(model, with_numpy=on_cpu())
-        with collector.observing(), layered.block(number) as block:
+        what = f"block {number + 1} of {len(calls)}"
+        collector = task.collector(model)
+        with blas_products(), collector.observing(), layered.block(number) as block:
             step = partial(layered.step, block, call=calls[number])
-            inputs = (mx.array(row[None]).astype(first.dtype) for row in hidden.read(number))
+            rows = report(what, number, hidden.read(number))
+            inputs = (mx.array(row[None]).astype(first.dtype) for row in rows)
             hidden.write(number + 1, _block_outputs(step, inputs, collector))
         folder.save_block(collector, number + 1)
     if folder.state.done == len(calls):
-        task.report("head", steps - 1, steps)
         collector = task.collector(model)
         with collector.observing():
-            for row, states in zip(ids, hidden.read(len(calls)), strict=True):
+            states_of = report("head", len(calls), hidden.read(len(calls)))
+            for row, states in zip(ids, states_of, strict=True):
                 layered.finish(row, mx.array(states[None]).astype(first.dtype))
                 with as_backend_errors():
                     collector.flush()
         folder.save_block(collector, len(calls) + 1)
-    task.report("writing", steps, steps)
 
 
 def _block_outputs(
@@ -334,19 +415,23 @@ def _block_outputs(
         yield _to_numpy(output)
 
 
-def run_whole(task: _Task, model: TextModel, folder: RunFolder) -> None:
+def run_whole(
+    task: Task, model: TextModel, folder: RunFolder, progress: ProgressCallback | None
+) -> None:
     """Run a model that has its weights, window by window: the text, then the images."""
     import mlx.core as mx
 
-    collector = task.collector(model, with_numpy=on_cpu())
-    with collector.observing():
+    collector = task.collector(model)
+    with blas_products(), collector.observing():
         for number, row in enumerate(task.ids):
-            task.report("window of text", number + 1, len(task.ids))
+            if progress is not None:
+                progress("window of text", number, len(task.ids))
             with as_backend_errors():
                 collector.flush(model(mx.array(row[None])))
         prompts = () if task.pictures is None else task.pictures.windows
         for number, prompt in enumerate(prompts):
-            task.report("prompt about an image", number + 1, len(prompts))
+            if progress is not None:
+                progress("prompt about an image", number, len(prompts))
             with as_backend_errors():
                 collector.flush(model(mx.array(prompt.ids[None]), prompt.inputs))
     folder.save_block(collector, 0)

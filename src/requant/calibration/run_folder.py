@@ -171,11 +171,7 @@ class RunFolder:
         part = f"{done:05d}.safetensors" if sums else None
         if part is not None:
             layers = {path: x.statistics() for path, x in sums.items()}
-            hessians = {
-                path: (x.hessian_shape, x.hessian)
-                for path, x in sums.items()
-                if x.products is not None
-            }
+            hessians = {path: x.hessian for path, x in sums.items() if x.products is not None}
             with as_output_errors(self.path / part):
                 write_statistics(self.path / part, layers, hessians)
         self.state = self.state.with_block(collector, done, part)

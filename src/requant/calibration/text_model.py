@@ -18,8 +18,8 @@ from requant.libraries.generation_step import read_prompt
 from requant.libraries.loading import Module, build_empty, load_from_memory
 from requant.mlx_lm import load as load_in_mlx_lm
 from requant.mlx_lm import load_tokenizer
-from requant.mlx_lm.evaluation import on_cpu
 from requant.mlx_lm.loading import convert_in_memory
+from requant.nn.blas_products import on_cpu
 from requant.planning.plan import Plan, Treatment
 from requant.planning.planner import Planned, make_plan, plan_with_source
 from requant.quantization.options import ConvertOptions

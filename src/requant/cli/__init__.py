@@ -18,6 +18,7 @@ import typer
 from requant.cli.convert import calibrate, convert, generate, join, plan
 from requant.cli.error_handling import EXIT_TERMINATED
 from requant.cli.inspect import compare, inspect, recipes, report, verify
+from requant.cli.options import with_optional_texts
 from requant.cli.upload import upload
 
 app = typer.Typer(
@@ -85,5 +86,5 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["help"]:  # as with git and pip: help, help convert
         words = [*words[1:], "--help"]
-    app(words, prog_name="requant")
+    app(with_optional_texts(words), prog_name="requant")
     raise SystemExit(0)

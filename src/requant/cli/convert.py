@@ -43,6 +43,8 @@ def convert(
       requant convert Llama-3.2-1B out --bits 4 --override 'embed_tokens=6'
       requant convert Mixtral-8x7B out --bits 4 --layout mlx-lm
       requant convert Qwen3-30B-A3B out --recipe mixed_3_6
+      requant convert Llama-3.2-1B out --bits 3 --calibrate
+      requant convert Llama-3.2-1B out --bits 4 --quality balanced
       requant convert Llama-3.2-1B out --bits 3 --search best
       requant convert Llama-3.2-1B out --bits 3 --imatrix imatrix.gguf
       requant convert Llama-3.2-1B out --bits 3 --gptq --imatrix stats.safetensors
@@ -72,8 +74,9 @@ def convert(
             raise UsageError("--yes confirms --consume-source: add that")
     uploading["force"] = force = options["force"]
     if dry_run:
-        planned = {name: options[name] for name in options_of_command("plan")}
-        _show_plan(source, planned, json, quiet, output, force=force, upload_to=upload_to)
+        _show_plan(
+            source, _options_of_plan(options), json, quiet, output, force=force, upload_to=upload_to
+        )
         return
     with handle_errors():
         if upload_to is not None:
@@ -82,6 +85,10 @@ def convert(
             if is_completed and not quiet:
                 print_stderr(f"will upload to {upload_to}")
             publishing.check_ready(upload_to, **uploading)
+    with handle_errors():
+        cost = conversion.calibration_cost(source, **_options_of_plan(options))
+        if cost is not None and not quiet:
+            print_stderr(str(cost))
     with handle_errors(), progress_display(quiet) as progress:
         report = conversion.convert(source, output, **options, progress=progress)
     if upload_to is not None:
@@ -271,6 +278,11 @@ def _mlx_vlm(source: Path) -> Any:
     return mlx_vlm
 
 
+def _options_of_plan(options: TableOptions) -> TableOptions:
+    """Of the options of ``convert`` those that ``plan`` has."""
+    return {name: options[name] for name in options_of_command("plan")}
+
+
 def _show_plan(
     source: Path,
     options: TableOptions,
@@ -293,6 +305,7 @@ def _show_plan(
             plan = conversion.plan(source, **options, progress=progress)
         if upload_to is not None and output is not None:
             upload_to = publishing.planned_name(upload_to, source, output, plan, **options)
+        cost = conversion.calibration_cost(source, **options)
         limits = plan_resources(plan, options["threads"], options["max_memory"])
         room = None
         if output is not None:
@@ -305,9 +318,12 @@ def _show_plan(
                 **({"missing_bytes": room.missing} if room and room.missing else {}),
             }
             memory = {x: getattr(limits, x) for x in ("peak_bytes", "threads", "chunk_bytes")}
-            upload = {} if upload_to is None else {"upload": upload_to}
-            print_json(plan.document() | {"memory": memory, "disk": disk} | upload)
+            more: TableOptions = {} if upload_to is None else {"upload": upload_to}
+            more |= {} if cost is None else {"calibration": cost.to_dict()}
+            print_json(plan.document() | {"memory": memory, "disk": disk} | more)
         elif not quiet:
             plan_tables.show_plan(plan, limits, output, upload_to)
+            if cost is not None:
+                print(cost)
         if room is not None and room.missing:
             print_stderr(f"warning: the disk is too full: {room}, {room.missing:,} are missing")

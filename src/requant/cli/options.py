@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +74,25 @@ def _argument_of(entry: Option, typed: Any) -> Any:
     """The argument of Python for a value of the command line."""
     if entry.is_negated:
         return not typed
-    return typed or () if entry.type.on_command_line == "texts" else typed
+    kind = entry.type.on_command_line
+    return typed or () if kind == "texts" else typed or None if kind == "optional_texts" else typed
+
+
+_TEXT_FILES = (".txt", ".jsonl")  # a word after an option with an optional text that is its text
+
+
+def with_optional_texts(words: Iterable[str]) -> list[str]:
+    """Command-line words in which each option whose text may be left out has one, "" if none.
+
+    The text follows as a word that ends in .txt or .jsonl, or after ``=``.
+    """
+    table = options_of(ConvertOptions, RunOptions).values()
+    flags = [x.flag for x in table if x.type.on_command_line == "optional_texts"]
+    typed = list(words)
+    return [
+        word + "=" if word in flags and not following.endswith(_TEXT_FILES) else word
+        for word, following in zip_longest(typed, typed[1:], fillvalue="")
+    ]
 
 
 _PYTHON_TYPES: Mapping[str, Any] = {
@@ -83,6 +102,7 @@ _PYTHON_TYPES: Mapping[str, Any] = {
     "text": str,
     "path": Path,
     "texts": list[str],
+    "optional_texts": list[str],
 }
 
 
@@ -102,7 +122,7 @@ def _parameter(name: str, entry: Option) -> inspect.Parameter:
     default = entry.default
     if kind == "flag":
         default = False
-    elif kind == "texts":
+    elif kind in ("texts", "optional_texts"):
         default = None
     elif kind == "size" and default is not None:
         default = size_text(default)

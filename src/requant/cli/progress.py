@@ -46,6 +46,8 @@ def memory_in_use() -> int:
 
 def describe_progress(now: Progress) -> str:
     """Speed, time left, memory, and the current layer."""
+    if now.steps_total:
+        return _describe_calibration(now)
     rate = now.bytes_done / max(now.elapsed_s, 1e-9)
     parts = [f"{format_size(rate)}/s"]
     if now.bytes_done >= now.bytes_total:
@@ -62,9 +64,21 @@ def describe_progress(now: Progress) -> str:
     return escape_control_chars("  ".join((*parts, where)))
 
 
-def describe_count(what: str, done: int, of: int) -> str:
-    """``3 of 12  NAME``."""
-    return escape_control_chars(f"{done:,} of {of:,}  {what}")
+def _describe_calibration(now: Progress) -> str:
+    """Time left, memory, and the current block with its speed."""
+    parts = ["calibrating"]
+    if done := now.steps_done - now.steps_before:
+        left_s = (now.steps_total - now.steps_done) * now.elapsed_s / done
+        parts.append(f"{format_seconds(left_s)} left")
+    if held := memory_in_use():
+        parts.append(f"{format_size(held)} held")
+    return escape_control_chars("  ".join((*parts, now.layer)))
+
+
+def describe_count(what: str, done: int, of: int, left_s: float | None = None) -> str:
+    """``3 of 12  8.1 s left  NAME``."""
+    left = "" if left_s is None else f"{format_seconds(left_s)} left  "
+    return escape_control_chars(f"{done:,} of {of:,}  {left}{what}")
 
 
 @contextmanager
@@ -76,16 +90,32 @@ def progress_display(quiet: bool) -> Iterator[Callable[[Progress], None] | None]
     """
     with _display(quiet) as show:
         yield show and (
-            lambda now: show(now.bytes_done, now.bytes_total, partial(describe_progress, now))
+            lambda now: show(
+                now.steps_done if now.steps_total else now.bytes_done,
+                now.steps_total or now.bytes_total,
+                partial(describe_progress, now),
+            )
         )
 
 
 @contextmanager
 def counting_display(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """The same for counts: yield a function of a name, the number done and the total."""
+    first: tuple[float, int] | None = None  # time and number done of the first call
+
+    def left_s(done: int, of: int) -> float | None:
+        nonlocal first
+        now = time.monotonic()
+        if first is None or done < first[1]:  # another count begins
+            first = now, done
+        rate = (done - first[1]) / max(now - first[0], 1e-9)
+        return (of - done) / rate if rate else None
+
     with _display(quiet) as show:
         yield show and (
-            lambda what, done, of: show(done, of, partial(describe_count, what, done, of))
+            lambda what, done, of: show(
+                done, of, partial(describe_count, what, done, of, left_s(done, of))
+            )
         )
 
 

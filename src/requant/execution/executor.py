@@ -40,7 +40,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The progress of a run."""
+    """The progress of a run: bytes of a conversion, or steps of the calibration before it."""
 
     layer: str
     bytes_done: int
@@ -49,6 +49,10 @@ class Progress:
     bytes_written: int = 0
     bytes_downloaded: int = 0
     bytes_to_download: int = 0
+    # Windows of a text times blocks of the model that they went through; 0 while converting.
+    steps_done: int = 0
+    steps_total: int = 0
+    steps_before: int = 0  # done by an earlier run
 
 
 def run_plan(

@@ -92,6 +92,16 @@ class _OfConvertPlan(TypedDict, total=False):
     sound, MTP heads) under their own names instead of dropping them; a note says whether the
     library still loads the result.
     """
+    quality: str | None
+    """One choice for ``search``, ``calibrate`` and ``gptq``: "fast" needs no data, "balanced"
+    weights the search by statistics of a text, "best" applies GPTQ as well. Options that are
+    given themselves win.
+    """
+    calibrate: bool | str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
+    """Run the model over a text first, as ``calibrate`` does, and convert with the statistics:
+    True for the text that comes with requant, or text files. Means ``quality="best"`` where that
+    is not given. Needs mlx-lm.
+    """
     mmproj: str | None
     """For GGUF: the file next to the model that holds its vision part, or ``none`` to convert
     the language model alone. By default the one file with mmproj in its name, unless the layout

@@ -2,9 +2,10 @@
 
 Our own form is a safetensors file. For a layer ``L`` with ``in`` inputs, or a stack of ``E``
 experts, it holds ``L.mean_square`` and perhaps ``L.mean_absolute``, float32 ``[in]`` or
-``[E, in]``; ``L.count``, float32 ``[1]`` or ``[E]``, the number of tokens; and perhaps
-``L.hessian``, float32 ``[in, in]`` or ``[E, in, in]``, the mean of ``x x^T``. The metadata hold
-``format`` and ``version``.
+``[E, in]``; ``L.count``, float32 ``[1]`` or ``[E]``, the number of tokens; and perhaps the mean of
+``x x^T``: ``L.hessian_triangle``, float32 ``[in * (in + 1) / 2]`` or ``[E, in * (in + 1) / 2]``,
+the upper triangle row by row, or as older files have it ``L.hessian``, ``[in, in]`` or
+``[E, in, in]``. The metadata hold ``format`` and ``version``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,13 +41,15 @@ from requant.importance.statistics_file import (
     StatisticsFile,
     file_stamp,
     statistics_error,
+    triangle,
     unreadable,
 )
 from requant.text import format_value
 
 FORMAT, VERSION = "requant-statistics", "1"
-_ROLES = ("mean_square", "mean_absolute", "count", "hessian")
+_ROLES = ("mean_square", "mean_absolute", "count", "hessian", "hessian_triangle")
 _CHUNK_BYTES = 4 << 20
+_ROWS = 64  # of a triangle that are written at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +147,8 @@ def _own(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
         if wrong := _wrong(parts):
             problems.append(Problem(layer, wrong))
             continue
-        square, hessian = parts["mean_square"], parts.get("hessian")
+        square = parts["mean_square"]
+        hessian = parts.get("hessian_triangle", parts.get("hessian"))
         experts = 1 if len(square.info.shape) == 1 else square.info.shape[0]
         file.seek(len(raw) + parts["count"].start)
         counts = np.frombuffer(file.read(4 * experts), "<f4")
@@ -157,6 +162,7 @@ def _own(file: BinaryIO, raw: bytes, size: int) -> imatrix.Found:
                 divisors=divisors,
                 experts=experts,
                 hessian=None if hessian is None else len(raw) + hessian.start,
+                has_triangles="hessian_triangle" in parts,
             )
         )
     return seen, problems
@@ -175,6 +181,7 @@ def _wrong(parts: Mapping[str, HeaderEntry]) -> str:
         "count": TensorInfo("F32", (experts,)),
         "mean_absolute": square,
         "hessian": TensorInfo("F32", (*square.shape, square.shape[-1])),
+        "hessian_triangle": TensorInfo("F32", (*square.shape[:-1], triangle(square.shape[-1]))),
     }
     for role, info in wanted.items():
         if role in parts and parts[role].info != info:
@@ -185,36 +192,44 @@ def _wrong(parts: Mapping[str, HeaderEntry]) -> str:
 def write_statistics(
     path: str | os.PathLike[str],
     layers: Mapping[str, LayerStatistics],
-    hessians: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]] | None = None,
+    hessians: Mapping[str, Callable[[int], np.ndarray]] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a statistics file; it is renamed to ``path`` when it is complete.
 
-    By layer, ``hessians`` has the shape of the Hessian and a function that returns it; these are
-    called one by one. ``metadata`` are further entries: model, text, seed.
+    By layer, ``hessians`` has a function that returns the Hessian of an expert, ``(in, in)``, of
+    which the upper triangle is written. ``metadata`` are further entries: model, text, seed.
 
     Raises:
         OSError: It cannot be written.
     """
-    tensors: dict[str, tuple[TensorInfo, Callable[[], np.ndarray]]] = {}
+    tensors: dict[str, tuple[TensorInfo, Iterable[np.ndarray]]] = {}
     for layer, statistics in layers.items():
         for role in ("count", "mean_square", "mean_absolute"):
             array = getattr(statistics, role)
             if array is not None:
                 array = np.ascontiguousarray(array, "<f4")
-                info = TensorInfo("F32", array.shape)
-                tensors[f"{layer}.{role}"] = info, partial(np.asarray, array)
-    for layer, (shape, give) in (hessians or {}).items():
-        tensors[f"{layer}.hessian"] = TensorInfo("F32", shape), give
-    infos = {name: info for name, (info, _) in tensors.items()}
+                tensors[f"{layer}.{role}"] = TensorInfo("F32", array.shape), [array]
+    for layer, hessian in (hessians or {}).items():
+        *stack, n_in = layers[layer].mean_square.shape
+        info = TensorInfo("F32", (*stack, triangle(n_in)))
+        tensors[f"{layer}.hessian_triangle"] = info, map(hessian, range(prod(stack)))
 
     def data() -> Iterator[memoryview]:
-        for info, give in tensors.values():
-            array = np.ascontiguousarray(give())
-            assert array.shape == info.shape
-            yield array.reshape(-1).view(np.uint8).data
+        for name, (_, arrays) in tensors.items():
+            for array in arrays:
+                rows = _triangle_rows(array) if name.endswith("_triangle") else [array]
+                for row in rows:
+                    yield np.ascontiguousarray(row, "<f4").reshape(-1).view(np.uint8).data
 
-    _write(Path(path), infos, data(), metadata)
+    _write(Path(path), {name: info for name, (info, _) in tensors.items()}, data(), metadata)
+
+
+def _triangle_rows(matrix: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of a matrix from its diagonal on, some at a time."""
+    for start in range(0, len(matrix), _ROWS):
+        rows = range(start, min(start + _ROWS, len(matrix)))
+        yield np.concatenate([matrix[row, row:] for row in rows])
 
 
 def merge_statistics(

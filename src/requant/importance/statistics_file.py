@@ -29,7 +29,9 @@ class StatisticsEntry:
     divisors: np.ndarray = field(compare=False)
     # Their number; None where the file does not have it (llama.cpp's older form).
     experts: int | None
-    hessian: int | None = None  # offset of float32 ``(experts, in, in)``; None if there is none
+    # Offset of float32 ``(experts, in, in)``, or of their upper triangles; None if there is none.
+    hessian: int | None = None
+    has_triangles: bool = False  # only the upper triangles are stored, row by row
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class MatrixStatistics:
     expert: int  # number of the matrix in its stack
     divisor: float  # the divisor of the sums; 0 if no token reached the matrix
     offset: int  # of its float32 ``(in,)`` sums of squares
-    hessian: int | None  # of its float32 ``(in, in)``; None if there is none
+    hessian: int | None  # of its float32 ``(in, in)`` or upper triangle; None if there is none
+    is_triangle: bool  # only the upper triangle is stored, row by row
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +99,21 @@ class Importance:
     def hessian(self, matrix: int) -> np.ndarray:
         """The mean of ``x x^T`` over the inputs of one matrix, float32 ``(in, in)``.
 
+        Only the upper triangle is to be read; what is below may be zero.
+
         Raises:
             CheckpointError: The file was changed.
         """
         entry, n_in = self.entry(matrix), self.in_features
         assert entry.hessian is not None
-        return _read(self.file, entry.hessian, n_in * n_in).reshape(n_in, n_in)
+        if not entry.is_triangle:
+            return _read(self.file, entry.hessian, n_in * n_in).reshape(n_in, n_in)
+        values = _read(self.file, entry.hessian, triangle(n_in))
+        full, start = np.zeros((n_in, n_in), np.float32), 0
+        for row in range(n_in):
+            full[row, row:] = values[start : start + n_in - row]
+            start += n_in - row
+        return full
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON data for plans: equal data give equal weights."""
@@ -177,11 +189,24 @@ class StatisticsFile:
 
         def entry(name: str, expert: int) -> MatrixStatistics:
             stored = self.seen[name]
-            hessian = None if stored.hessian is None else stored.hessian + 4 * n_in * n_in * expert
-            offset = stored.offset + 4 * n_in * expert
-            return MatrixStatistics(name, expert, self.divisor(name, expert), offset, hessian)
+            packed, hessian = stored.has_triangles, stored.hessian
+            if hessian is not None:
+                hessian += 4 * expert * (triangle(n_in) if packed else n_in * n_in)
+            return MatrixStatistics(
+                name=name,
+                expert=expert,
+                divisor=self.divisor(name, expert),
+                offset=stored.offset + 4 * n_in * expert,
+                hessian=hessian,
+                is_triangle=packed,
+            )
 
         return Importance(self.file, tuple(entry(*matrix) for matrix in matrices), n_in)
+
+
+def triangle(n_in: int) -> int:
+    """Number of values of a triangle with the diagonal, of a matrix of ``n_in`` columns."""
+    return n_in * (n_in + 1) // 2
 
 
 def _read(file: FileIdentity, offset: int, count: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 
 from requant.errors import BackendError, UsageError
 from requant.mlx_lm.documents import read_documents
+from requant.nn.blas_products import blas_products
 from requant.text import one_line, pluralize
 
 DEFAULT_TOKENS = 8192
@@ -129,13 +130,6 @@ def read_tokens(path: Path, tokenizer: Any, most: int, window: int) -> np.ndarra
     return np.array(ids[: whole * window]).reshape(whole, window)
 
 
-def on_cpu() -> bool:
-    """Return whether MLX computes on a CPU."""
-    import mlx.core as mx
-
-    return bool(mx.default_device() == mx.Device(mx.cpu))
-
-
 @contextmanager
 def as_backend_errors() -> Iterator[None]:
     """Raise what MLX and the code of a library's class raise as BackendError."""
@@ -212,7 +206,7 @@ def _log_probabilities(model: Any, window: np.ndarray | Prompt) -> Any:
     """Float32 ``(tokens, vocabulary)`` for the tokens that are predicted."""
     import mlx.core as mx
 
-    with as_backend_errors():
+    with as_backend_errors(), blas_products():
         if isinstance(window, Prompt):
             logits = model(mx.array(window.ids[None]), window.inputs)[0, :-1]
             logits = logits[mx.array(np.flatnonzero(window.is_text[1:]))]

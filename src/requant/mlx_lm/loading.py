@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from requant.bit_allocation.choose import allocate_bits
 from requant.core.reasons import NoteCode
 from requant.core.types import Source
-from requant.errors import CheckpointError, Problem
+from requant.errors import CheckpointError, Problem, UsageError
 from requant.execution.runner import options_for_retry, run_once
 from requant.execution.sink import TensorOffsets
 from requant.libraries import MLX_LM
@@ -163,6 +163,11 @@ def convert_in_memory(
     """Convert in memory; return the weights, the report, and the plan with its source."""
     began = time.perf_counter()
     options, run = read_arguments("load", quantization, arguments, layout=layout)
+    if options.calibrate is not None:
+        raise UsageError(
+            "a conversion in memory is not calibrated: requant calibrate SOURCE -o "
+            "stats.safetensors first, then --imatrix stats.safetensors; or convert"
+        )
     opened = open_source(source, find_repository(source, run.revision), options.config_from)
     options = allocate_bits(opened, options, run)
     while True:

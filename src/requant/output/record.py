@@ -79,7 +79,7 @@ def build_record(
         # A path says nothing elsewhere: what verifies against a GGUF source names it again.
         "options": dict(options)
         | {"layout": plan.layout, "config_from": None, "statistics": _file_name(options)}
-        | {"mmproj": _vision_part(plan, options)},
+        | {"mmproj": _vision_part(plan, options), "calibrate": _text_names(options)},
         "source": {
             "format": plan.format,
             "files": [asdict(file) for file in plan.files],
@@ -108,9 +108,18 @@ def build_record(
 
 
 def _file_name(options: Mapping[str, Any]) -> str | None:
-    """The statistics file's name; its SHA-256 is in the plan's hash."""
+    """The statistics file's name; its SHA-256 is in the plan's hash.
+
+    None for the file of a calibration that is a part of the conversion, which is deleted.
+    """
     path = options.get("statistics")
-    return None if path is None else Path(path).name
+    return None if path is None or options.get("calibrate") is not None else Path(path).name
+
+
+def _text_names(options: Mapping[str, Any]) -> list[str] | None:
+    """The names of the texts of a calibration."""
+    texts = options.get("calibrate")
+    return None if texts is None else [Path(text).name for text in texts]
 
 
 def _vision_part(plan: Plan, options: Mapping[str, Any]) -> str | None:

@@ -40,11 +40,12 @@ class WeightedSteps:
         unweighted = dict.fromkeys(self.layers_without_statistics, WITHOUT_STATISTICS)
         return {**self.gptq_skipped, **unweighted}
 
-    def notes(self, statistics: StatisticsFile) -> Iterator[Note]:
-        """The notes for the user."""
+    def notes(self, statistics: StatisticsFile, *, is_calibrated: bool) -> Iterator[Note]:
+        """The notes for the user; ``is_calibrated``: the conversion made the file itself."""
         searched = {step.layer for step in self.steps if step.importance is not None}
         name = statistics.source.rpartition("/")[2]
-        text = f"Errors of {pluralize(len(searched), 'layer')} are weighted by {name} (--imatrix)."
+        by = "the calibration (--calibrate)" if is_calibrated else f"{name} (--imatrix)"
+        text = f"Errors of {pluralize(len(searched), 'layer')} are weighted by {by}."
         yield Note(NoteCode.IMPORTANCE, text)
         if self.layers_without_statistics:
             layers = join_first(self.layers_without_statistics)

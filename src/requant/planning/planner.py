@@ -225,7 +225,11 @@ def _plan_layers(
     shapes = {x.layer: x.shape for x in layers}
     weighted = attach_importance(steps, shapes, statistics, options.gptq)
     layers = [replace(x, reason=x.reason or weighted.reasons.get(x.layer)) for x in layers]
-    return layers, weighted.steps, [*weighted.notes(statistics)]
+    return (
+        layers,
+        weighted.steps,
+        [*weighted.notes(statistics, is_calibrated=options.calibrate is not None)],
+    )
 
 
 def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> LayerPlan:

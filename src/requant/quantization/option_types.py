@@ -97,6 +97,26 @@ CALLBACK = ValueType(
 )
 
 
+def _parse_texts(value: Any) -> tuple[str, ...] | None:
+    """True and no names are the bundled text, False is None."""
+    if isinstance(value, bool):
+        return () if value else None
+    names = [value] if isinstance(value, str | os.PathLike) else list(value)
+    return tuple(text for name in names if (text := os.fspath(name)))
+
+
+TEXTS = ValueType(
+    annotation="bool | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
+    expected="true, a path or a list of paths",
+    is_valid=lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
+    parse=_parse_texts,
+    to_json=lambda value: None if value is None else list(value),
+    from_json=lambda data: None if data is None else _parse_texts(map(str, data)),
+    on_command_line="optional_texts",
+    metavar="[TEXT]",
+)
+
+
 def choice(*words: str, default: str | None = None) -> ValueType:
     """One of ``words``."""
     return ValueType(

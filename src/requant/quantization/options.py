@@ -21,10 +21,12 @@ from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.modes import SEARCH_LEVELS, resolve_quantization
 from requant.quantization.option_table import Option, option, options_of
 from requant.quantization.part import Part
+from requant.quantization.qualities import QUALITIES, Quality, with_quality
 from requant.quantization.recipes import Recipe
 from requant.text import join_first
 
 DTYPES = types.DTYPES
+STATISTICS = "stats.safetensors"  # a name for a statistics file in messages
 LAYOUTS = ("keep", "mlx-lm", "mlx-vlm", "mlx-audio", "mlx-embeddings")
 
 # -- command-line words of options that depend on others -------------------------------------
@@ -48,6 +50,42 @@ def _recipe_words(options: ConvertOptions) -> list[str]:
     if options.recipe is None or options.budget is not None:
         return []
     return ["--recipe", *types.RECIPE.to_words(options.recipe)]
+
+
+def _implied(options: ConvertOptions) -> Quality | None:
+    """What a quality or a calibration stands for; None without one."""
+    if options.quality is None and options.calibrate is None:
+        return None
+    return QUALITIES[options.quality or "best"]
+
+
+def _calibration_words(options: ConvertOptions) -> list[str]:
+    """The texts; nothing where the quality itself calibrates with the bundled one."""
+    texts = options.calibrate
+    if texts is None or (not texts and options.quality is not None):
+        return []
+    return [f"--calibrate={text}" for text in texts] or ["--calibrate"]
+
+
+def _search_words(options: ConvertOptions) -> list[str]:
+    implied = _implied(options)
+    return (
+        []
+        if options.search == (implied.search if implied else "off")
+        else ["--search", options.search]
+    )
+
+
+def _statistics_words(options: ConvertOptions) -> list[str]:
+    """The file, unless the conversion makes it itself."""
+    if options.statistics is None or options.calibrate is not None:
+        return []
+    return ["--imatrix", options.statistics]
+
+
+def _gptq_words(options: ConvertOptions) -> list[str]:
+    implied = _implied(options)
+    return ["--gptq"] if options.gptq and not (implied and implied.gptq) else []
 
 
 # -- the table -------------------------------------------------------------------------------
@@ -139,12 +177,34 @@ class ConvertOptions:
         "else the rotation stays next to the codes, and only ``requant.mlx_lm.load`` runs it.",
         help="ParoQuant: fold the rotation into the weights and requantize to 8 bits.",
     )
+    quality: str | None = option(
+        types.choice(*QUALITIES),
+        doc='One choice for ``search``, ``calibrate`` and ``gptq``: "fast" needs no data, '
+        '"balanced" weights the search by statistics of a text, "best" applies GPTQ as well. '
+        "Options that are given themselves win.",
+        help="One choice for the options below: fast (no data), balanced (--calibrate without "
+        "--gptq), best (--calibrate and --gptq).",
+        metavar="QUALITY",
+        functions=("convert", "plan"),
+    )
+    calibrate: tuple[str, ...] | None = option(
+        types.TEXTS,
+        doc="Run the model over a text first, as ``calibrate`` does, and convert with the "
+        "statistics: True for the text that comes with requant, or text files. Means "
+        '``quality="best"`` where that is not given. Needs mlx-lm.',
+        help="Run the model over a text first and convert with the statistics; with GPTQ unless "
+        "--quality says otherwise. TEXT is a file .txt or .jsonl, or --calibrate=FILE with any "
+        "name; without it, a text that comes with requant. Repeatable.",
+        words=_calibration_words,
+        functions=("convert", "plan"),
+    )
     search: str = option(
         types.choice("off", *SEARCH_LEVELS, default="off"),
         doc='"off" (as ``mx.quantize``, bit for bit), "fast" or "best": look for scales and '
         "biases with a smaller squared error at the same size (docs/quantization/search.md).",
         help="How scales are chosen: off (as mx.quantize), fast, or best (lowest MSE, slower).",
         metavar="LEVEL",
+        words=_search_words,
     )
     statistics: str | None = option(
         types.PATH,
@@ -153,6 +213,7 @@ class ConvertOptions:
         help="Importance matrix for the scale search: llama.cpp imatrix (.gguf, .dat) or a file "
         "from `requant calibrate`.",
         flags=("--imatrix",),
+        words=_statistics_words,
     )
     gptq: bool = option(
         types.FLAG,
@@ -160,6 +221,7 @@ class ConvertOptions:
         "affine layers only.",
         help="Apply GPTQ with the Hessians in --imatrix (`requant calibrate --hessian`). Affine "
         "only.",
+        words=_gptq_words,
     )
     config_from: str | None = option(
         types.PATH,
@@ -236,7 +298,7 @@ class ConvertOptions:
                 values["search"] = recipe.search
             elif values.get("statistics") is not None:
                 values["search"] = "best"
-        return cls(**values)
+        return cls(**with_quality(values))
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON data; ``from_dict`` reads them back equal."""
@@ -258,6 +320,12 @@ class ConvertOptions:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ParseError(f"these are not options of this version of requant: {why}") from error
+
+    def calibration_words(self, source: str) -> list[str]:
+        """The command that makes the statistics of ``calibrate`` as a file of their own."""
+        words = ["requant", "calibrate", source, "-o", STATISTICS]
+        words += [word for text in self.calibrate or () for word in ("--text", text)]
+        return words + ["--hessian"] * self.gptq
 
     def command_words(self) -> list[str]:
         """The options as they are typed after ``requant convert SOURCE OUTPUT``."""
@@ -428,10 +496,10 @@ def _recipe_default(recipe: Recipe) -> Quantization | None:
 
 def _check_gptq(options: ConvertOptions) -> None:
     """Check that there are Hessians for GPTQ and that the mode is affine."""
-    if options.statistics is None:
+    if options.statistics is None and options.calibrate is None:
         raise UsageError(
-            "--gptq needs Hessians: requant calibrate MODEL --hessian -o stats.safetensors, then "
-            "--gptq --imatrix stats.safetensors"
+            "--gptq needs Hessians: --calibrate collects them; or requant calibrate MODEL "
+            "--hessian -o stats.safetensors, then --gptq --imatrix stats.safetensors"
         )
     if options.dequantize:
         raise UsageError("choose one: --dequantize or --gptq")

@@ -6,13 +6,14 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from requant.errors import OutOfRangeError, Problem, UnknownValueError, UsageError
 from requant.quantization.config import Quantization
 from requant.quantization.modes import SEARCH_LEVELS, resolve_quantization
+from requant.quantization.qualities import QUALITIES
 from requant.quantization.recipes import MIXED, OF_MLX_LM, Recipe, Rule
 from requant.quantization.roles import ROLES
 from requant.quantization.specs import check_regex, parse_spec
@@ -80,7 +81,8 @@ def recipe_text(recipe: Recipe) -> str:
 def to_toml(recipe: Recipe) -> str:
     """Write a recipe, but none of the mixed ones, as the text that ``parse_recipe`` reads."""
     lines = [f"description = {json.dumps(recipe.description)}"]
-    lines += [f"search = {json.dumps(recipe.search)}"] * bool(recipe.search)
+    for key, word in (("search", recipe.search), ("quality", recipe.quality)):
+        lines += [f"{key} = {json.dumps(word)}"] * bool(word)
     if recipe.default is not None:
         lines += ["", "[default]"]
         lines += [f"{key} = {json.dumps(x)}" for key, x in recipe.default.to_dict().items()]
@@ -115,9 +117,10 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"recipe {name} is not valid TOML: {error}") from error
     reader = _Reader()
-    reader.keys("", table, ("description", "search", "default", "rules"))
+    reader.keys("", table, ("description", "search", "quality", "default", "rules"))
     description = reader.typed("description", table.get("description", ""), str, "a text")
-    level = reader.search_level(table)
+    level = reader.choice("search", table, SEARCH_LEVELS)
+    quality = reader.choice("quality", table, QUALITIES)
     default = reader.default(table["default"]) if "default" in table else None
     tables = reader.typed("rules", table.get("rules", []), list, "[[rules]] tables")
     rules = [reader.rule(f"rules[{n}]", value) for n, value in enumerate(tables or [], 1)]
@@ -133,6 +136,7 @@ def parse_recipe(text: str, name: str, *, is_shipped: bool = False) -> Recipe:
         tuple(x for x in rules if x),
         is_builtin=is_shipped,
         search=level,
+        quality=quality,
     )
 
 
@@ -147,7 +151,8 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         table = dict(rule)
         table["role"] = table.pop("roles")
         rules.append(reader.rule(f"rules[{number}]", table))
-    reader.search_level(data)
+    reader.choice("search", data, SEARCH_LEVELS)
+    reader.choice("quality", data, QUALITIES)
     for key in ("name", "description"):
         reader.typed(key, data[key], str, "a text")
     for key in ("is_mixed", "is_builtin"):
@@ -188,12 +193,13 @@ class _Reader:
         self.report(where, f"is {format_value(value)}, expected {words}")
         return None
 
-    def search_level(self, table: Mapping[str, Any]) -> str:
-        words = join_or(SEARCH_LEVELS)
-        level = self.typed("search", table.get("search", ""), str, words)
-        if level is not None and level not in ("", *SEARCH_LEVELS):
-            self.report("search", f"is {format_value(level)}, expected {words}")
-        return level or ""
+    def choice(self, key: str, table: Mapping[str, Any], choices: Iterable[str]) -> str:
+        """One of the choices; "" without the key."""
+        words = join_or(tuple(choices))
+        word = self.typed(key, table.get(key, ""), str, words)
+        if word is not None and word not in ("", *choices):
+            self.report(key, f"is {format_value(word)}, expected {words}")
+        return word or ""
 
     def default(self, value: object) -> Quantization | None:
         """``[default]``: bits, group_size and mode, each with MLX's default."""

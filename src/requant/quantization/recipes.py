@@ -76,6 +76,7 @@ class Recipe:
     is_mixed: bool = False  # it is one of ``MIXED``; there are no rules then
     is_builtin: bool = True  # it came with requant
     search: str = ""  # level of the scale search, unless the options name one; "" for none
+    quality: str = ""  # the quality, unless the options name one; "" for none
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON data."""
@@ -85,6 +86,7 @@ class Recipe:
             "mixed_bits": list(MIXED[self.name]) if self.is_mixed else None,
             "default": self.default and self.default.to_dict(),
             "search": self.search or None,
+            "quality": self.quality or None,
             "rules": [asdict(rule) for rule in self.rules],
         }
 

@@ -11,6 +11,7 @@ from requant.reports.front_matter import FrontMatter
 from requant.reports.library_usage import LIBRARIES, generates_text, task_of, usage
 from requant.reports.record_summary import Figures
 from requant.sources.hub_repository import CARD, Repository
+from requant.text import join_first
 
 
 def source_card(folder: Path, figures: Figures) -> str:
@@ -127,12 +128,15 @@ def _table(figures: Figures) -> str:
 
 
 def _statistics(figures: Figures) -> str:
-    name = figures.options.statistics
-    if name is None:
+    name, texts = figures.options.statistics, figures.options.calibrate
+    if name is None and texts is None:
         return ""
     weighted_by = "Errors count by how large the inputs of each layer are on a text"
     if figures.options.gptq:
         weighted_by += ", and those of a column are compensated in the columns after it (GPTQ)"
+    if texts is not None:
+        text = join_first([f"`{x}`" for x in texts]) if texts else "the one that comes with requant"
+        return f"{weighted_by}: {text}.\n\n"
     return (
         f"{weighted_by}: `{name}` holds these statistics. It is not in this repository; making and "
         "checking the model again takes the same file.\n\n"

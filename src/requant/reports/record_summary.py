@@ -18,7 +18,7 @@ from requant.checkpoints.folder_files import RECORD
 from requant.core.types import Source
 from requant.errors import CheckpointError, ParseError, Problem, error_action
 from requant.output.record import read_record
-from requant.quantization.options import ConvertOptions
+from requant.quantization.options import STATISTICS, ConvertOptions
 from requant.reports.report import LayerGroup, group_layers
 from requant.text import format_value
 
@@ -169,12 +169,16 @@ class Figures:
 
         Other files than the source have the names that the conversion was given.
         """
+        before = []
         words = ["requant", "verify", source, output]
         if self.options.config_from is not None:
             words += ["--config-from", self.options.config_from]
         if self.options.statistics is not None:
             words += ["--imatrix", self.options.statistics]
-        return shlex.join(words)
+        elif self.options.calibrate is not None:  # statistics that were not kept
+            before = [shlex.join(self.options.calibration_words(source))]
+            words += ["--imatrix", STATISTICS]
+        return " && ".join([*before, shlex.join(words)])
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON data."""
