@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("repeatable")
+
+
+def is_fast(config: pytest.Config) -> bool:
+    """Whether these are the tests of a minute."""
+    return bool(config.getoption("markexpr") == "not slow")
 
 
 def mark_sweeps(items: list[pytest.Item]) -> None:
@@ -59,21 +65,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tail of sweeps slow; other and more examples, where ``--explore`` asks for it."""
+    """Mark the tail of sweeps slow, and say how many examples property tests draw.
+
+    A quarter in the fast run; with ``--explore N`` N times as many, by chance.
+    """
     mark_sweeps(items)
     times = config.getoption("--explore")
-    for item in items if times else []:
-        function = getattr(item, "obj", None)
+    if not times and not is_fast(config):
+        return
+    functions = {getattr(item, "obj", None) for item in items}  # one of several cases once
+    for function in {getattr(function, "__func__", function) for function in functions}:
         ours = getattr(function, "_hypothesis_internal_use_settings", None)
         if ours is not None:
-            more = settings(ours, derandomize=False, max_examples=times * ours.max_examples)
-            getattr(function, "__func__", function)._hypothesis_internal_use_settings = more
+            count = ours.max_examples * times if times else -(-ours.max_examples // 4)
+            other = settings(ours, derandomize=not times, max_examples=count)
+            function._hypothesis_internal_use_settings = other
 
 
-def pytest_configure() -> None:
-    """A shell starts jobs in its background without SIGINT, and processes of tests inherit that."""
+def pytest_configure(config: pytest.Config) -> None:
+    """A shell starts jobs in its background without SIGINT, and processes of tests inherit that.
+
+    In the fast run MLX compiles no kernels, neither here nor in processes of tests: on a CPU each
+    starts a C++ compiler.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     message_lint.watch()
+    if is_fast(config):
+        os.environ["MLX_DISABLE_COMPILE"] = "1"
+        mx.disable_compile()
 
 
 @pytest.hookimpl(trylast=True)  # after the fixtures are gone: failing here must not keep them

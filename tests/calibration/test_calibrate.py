@@ -204,6 +204,7 @@ def test_a_whole_model_gives_the_same(text: Path, tmp_path: Path, monkeypatch: M
         np.testing.assert_allclose(np.array(array), np.array(b[name]), rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes(text: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Stopped at each block and at the head, the bytes are those of an undisturbed run."""
     reported: dict[str, Any] = {"tokens": 2 * WINDOW, "window": WINDOW, "hessian": True}

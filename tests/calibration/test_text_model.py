@@ -71,6 +71,7 @@ def test_statistics_are_those_of_mlx_lm(source: Path, monkeypatch: MonkeyPatch) 
     assert_close(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_mlx_vlm")
 def test_towers_are_not_read(source: Path, monkeypatch: MonkeyPatch) -> None:
     read: list[str] = []
@@ -85,6 +86,7 @@ def test_towers_are_not_read(source: Path, monkeypatch: MonkeyPatch) -> None:
     assert read and all(layer.startswith("language_model.") for layer in read)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_mlx_lm(source: Path, monkeypatch: MonkeyPatch) -> None:
     requant.convert(source, source.with_name("out"), bits=4, layout="mlx-vlm")
     pair = (source, source.with_name("out"))
@@ -133,8 +135,8 @@ def test_a_class_that_fails(source: Path, monkeypatch: MonkeyPatch) -> None:
 
 # -- options of convert under mlx-vlm's layout -----------------------------------------------
 OPTIONS: dict[str, dict[str, Any]] = {
-    "mlx-vlm's own recipe": {"recipe": "mixed_3_8"},
     "a recipe of requant": {"recipe": "down-6"},
+    "mlx-vlm's own recipe": {"recipe": "mixed_3_8"},
     "budget": {"budget": 12.0},
     "search": {"bits": 4, "search": "best"},
     "a tower": {"bits": 4, "overrides": ["vision=8"]},
@@ -142,6 +144,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_under_mlx_vlm(options: dict[str, Any], source: Path, tmp_path: Path) -> None:
     """The output loads strictly, repeats bit for bit, and is resumed to the same bytes."""
@@ -170,6 +173,7 @@ def test_options_under_mlx_vlm(options: dict[str, Any], source: Path, tmp_path: 
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_source_can_be_consumed(source: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"bits": 4, "layout": "mlx-vlm"}
     requant.convert(source, tmp_path / "whole", **options)

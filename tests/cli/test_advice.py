@@ -21,7 +21,7 @@ from tests.support.commands import COMMANDS, Result
 from tests.support.number_formats import bf16
 from tests.support.safetensors_files import write_file
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 Requant = Callable[..., Result]
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
@@ -108,6 +108,7 @@ def test_a_name_that_no_layer_has(requant: Requant, tmp_path: Path) -> None:
         assert requant("convert", MICRO, tmp_path / option, f"--{option}", typed).code == 0
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_met(requant: Requant, tmp_path: Path) -> None:
     first = requant("convert", MICRO, tmp_path / "out", "--budget", "0.5")
     typed = re.search(r"Type --budget (\S+)", first.err)

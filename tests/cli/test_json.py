@@ -124,6 +124,7 @@ def test_generate(requant: Requant) -> None:
     assert check("generate", requant("generate", MICRO, *words).out)["tokens"] == 2
 
 
+@pytest.mark.slow
 def test_compare(requant: Requant, output: Path, tmp_path: Path) -> None:
     found = check("compare", requant("compare", MICRO, output, "--json").out)
     assert found["layers"] and found["evaluation"] is None

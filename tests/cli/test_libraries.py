@@ -34,6 +34,7 @@ def damaged(source: Path) -> Path:
     return source
 
 
+@pytest.mark.slow
 def test_an_output_that_loads(requant: Requant, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = requant("convert", source, out, "--bits", "4", "--layout", "keep", "--verify-load")
@@ -60,6 +61,7 @@ def test_an_output_that_does_not_load(requant: Requant, damaged: Path, tmp_path:
     assert problem["where"] == "language_model.model.norm.weight"
 
 
+@pytest.mark.slow
 def test_text_about_an_image(requant: Requant, source: Path, tmp_path: Path) -> None:
     """The text is that of mlx-vlm's own generation with the converted folder."""
     import mlx_vlm

@@ -5,6 +5,7 @@ split at underscores and capitals.
 """
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -94,10 +95,18 @@ def is_allowed(word: str, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in files)
 
 
+@cache
+def whole_word(*patterns: str) -> re.Pattern[str]:
+    """Any of these, not as a part of a longer word."""
+    return re.compile(rf"(?<![a-zA-Z])(?:{'|'.join(patterns)})(?![a-zA-Z])", re.I)
+
+
 def strays(text: str, words: dict[str, str], name: str = "") -> list[str]:
+    if not whole_word(*words).search(text):  # four times as fast as one after another
+        return []
     found = []
     for pattern, word in words.items():
-        for match in re.finditer(rf"(?<![a-zA-Z])(?:{pattern})(?![a-zA-Z])", text, re.I):
+        for match in whole_word(pattern).finditer(text):
             if match[0].lower() not in ALLOWED or not is_allowed(match[0].lower(), name):
                 line = text.count("\n", 0, match.start()) + 1
                 found.append(f"{name}:{line}: {match[0]!r}, here {word!r}")

@@ -21,7 +21,7 @@ from tests.support.mlx_reference import load, same, to_mx
 from tests.support.number_formats import bf16
 from tests.support.plan_texts import reason_text
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(2)
 
 MODES = [("affine", b, g) for b in (1, 2, 3, 4, 5, 6, 8) for g in (32, 64, 128)]
 MODES += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]

@@ -21,7 +21,7 @@ from tests.support.number_formats import BF16
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_file, write_file
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 FIXTURES = [
     "bitnet-autobitlinear",

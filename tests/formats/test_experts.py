@@ -82,6 +82,7 @@ def act_order(
     return packers.gptq(codes, zeros, scales, 4) | {"g_idx": g_idx.astype(np.int32)}
 
 
+@pytest.mark.slow
 def test_awq_experts_are_stacked_with_their_codes(tmp_path: Path) -> None:
     block = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}
     source, dense = quantized_moe(tmp_path / "source", awq, block)

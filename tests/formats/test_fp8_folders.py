@@ -28,6 +28,7 @@ def test_blocks_become_what_is_requested(tmp_path: Path) -> None:
     check_fixture("fp8-block-llama", tmp_path, "re-encoded", bits=4, largest_rms=0.16)
 
 
+@pytest.mark.slow
 def test_ragged_blocks(tmp_path: Path) -> None:
     """Sides of 80, 96, 136 and 192: the last tile of a row or column is cut."""
     name = "fp8-block-deepseek-edge"

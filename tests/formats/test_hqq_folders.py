@@ -34,6 +34,7 @@ def test_axis_1_is_exact_in_float32(name: str, tmp_path: Path) -> None:
     check_fixture(name, tmp_path, "exact", dtype="float32", values_rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_axis_0_is_requantized(tmp_path: Path) -> None:
     checked = check_fixture("hqq-b4-g64-axis0", tmp_path, "re-encoded", largest_rms=0.009)
     assert checked.config["quantization"] == {"group_size": 64, "bits": 8, "mode": "affine"}

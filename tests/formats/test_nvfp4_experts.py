@@ -93,6 +93,7 @@ def expected(tensors: Mapping[str, np.ndarray], path: str, tool: str) -> np.ndar
     return np.asarray(E2M1[codes] * wide.repeat(16, axis=-1), np.float32)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("tool", ROLES)
 def test_tensor_scales_become_global_scales(tool: str, tmp_path: Path) -> None:
     source = moe(tmp_path / "source", tool)
@@ -131,6 +132,7 @@ def test_tensor_scales_become_global_scales(tool: str, tmp_path: Path) -> None:
     assert dense.exactness == "re-encoded" and "tensor scale" in reason_text(dense)
 
 
+@pytest.mark.slow
 def test_mlx_lm_loads_them_strictly(tmp_path: Path) -> None:
     """Whether nvfp4 is the block's default, or the experts have entries of their own."""
     from mlx_lm.utils import load_model
@@ -195,6 +197,7 @@ def test_experts_that_all_fold_need_no_global_scale(tmp_path: Path) -> None:
     assert {x.exactness for x in report.plan.layers} == {"exact"}
 
 
+@pytest.mark.slow
 def test_other_options_decode_them(tmp_path: Path) -> None:
     source = moe(tmp_path / "source", "compressed-tensors", only="experts")
     stored = read_file(source / "model.safetensors")

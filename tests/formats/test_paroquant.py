@@ -366,6 +366,7 @@ def test_the_layer_of_experts_is_mlx_lm_s_behind_a_rotation(bias: bool) -> None:
     assert mx.allclose(ours(x, indices), wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_experts_keep_their_own_names(experts: Any, tmp_path: Path) -> None:
     """Under the source's layout each expert gets the rotation; and they fold from there."""
     folder, _ = experts

@@ -110,6 +110,7 @@ def tokenizers_of(name: str) -> tuple[Any, Any, Any]:
     return load(folder / "out"), load(model(name)), theirs
 
 
+@pytest.mark.slow
 def test_special_tokens_of_a_trained_model() -> None:
     ours, original, _ = tokenizers_of("qwen3-16m")
     for part in ("bos_token_id", "eos_token_id"):

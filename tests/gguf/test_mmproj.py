@@ -28,7 +28,7 @@ from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import read_folder
 
 pytestmark = pytest.mark.sweep(
-    3, tests=("test_every_family", "test_mlx_vlm_loads", "test_mlx_vlm_s_layout", "test_processor")
+    1, tests=("test_every_family", "test_mlx_vlm_loads", "test_mlx_vlm_s_layout", "test_processor")
 )
 
 # Keys of config.json that say something else there, with the reason.

@@ -150,6 +150,7 @@ def test_a_dense_file_is_quantized_like_a_dense_folder(tmp_path: Path) -> None:
     assert [k for k in ours if ours[k].tobytes() != theirs[k].tobytes()] == []
 
 
+@pytest.mark.slow
 def test_config_from_the_original_folder(tmp_path: Path) -> None:
     weights, config = trained("qwen3-16m")
     write_gguf(tmp_path / "m.gguf", weights, config, "Q8_0")

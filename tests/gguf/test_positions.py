@@ -27,7 +27,7 @@ from tests.support.gguf_models import (
     weights_of,
 )
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},

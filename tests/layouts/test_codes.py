@@ -30,7 +30,7 @@ from tests.support.mlx_reference import as_bytes, load
 from tests.support.plan_texts import note_texts, reason_text
 from tests.support.published_models import as_awq, published
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 # Families whose rule decodes or transposes a layer that could be quantized.
 REENCODED = {

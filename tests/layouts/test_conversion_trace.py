@@ -70,6 +70,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "temporary"
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["a [1]", "a*?", "-x", "ü" * 80, "a'\"\\;$(b)", "\udcff"])
 def test_names_of_folders(name: str, temporary: Path) -> None:
     layout = lay_out(name)
@@ -81,6 +82,7 @@ def test_names_of_folders(name: str, temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("place", ["sanitize", "load_weights", "quant_predicate", "__init__"])
 @pytest.mark.parametrize("error", [KeyError("x"), SystemExit(3), KeyboardInterrupt()])
 def test_nothing_stays_after_an_error(

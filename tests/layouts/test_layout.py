@@ -36,7 +36,7 @@ from tests.support.mlx_lm_conversion import (
 )
 from tests.support.mlx_reference import differences
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(2)
 
 AFFINE = Quantization.affine(32, 4)
 SHARED = Path(__file__).parents[2].parent / "shared" / "models"

@@ -29,7 +29,7 @@ from tests.support.mlx_lm_conversion import (
 from tests.support.mlx_reference import assert_same_output, by_mlx_lm, load, same
 from tests.support.plan_texts import note_texts
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,7 @@ def test_a_moe_loads_in_mlx_lm_and_generates(tmp_path: Path) -> None:
     assert mlx_lm.generate(loaded, tokenizer, prompt="The file", max_tokens=4)
 
 
+@pytest.mark.slow
 def test_stacked_experts_are_read_from_the_files_and_threads_change_nothing(tmp_path: Path) -> None:
     made = plan(model("micro-moe"), layout="mlx-lm", bits=4)
     stacked = [step for step in made.steps if "switch_mlp" in step.layer]
@@ -336,6 +337,7 @@ def test_where_mlx_lm_rejects_them_a_note_says_so(tmp_path: Path) -> None:
     load_model(tmp_path / "out", strict=False)
 
 
+@pytest.mark.slow
 def test_a_kept_tower_of_codes_stays_codes(tmp_path: Path) -> None:
     first = vlm(tmp_path / "vlm")
     options = {"bits": 4, "group_size": 32, "keep_extra": True}

@@ -20,7 +20,7 @@ from tests.support.mlx_reference import differences, load
 from tests.support.safetensors_files import read_folder, write_file
 
 pytestmark = [
-    pytest.mark.sweep(3),
+    pytest.mark.sweep(2),
     pytest.mark.filterwarnings("ignore"),  # of the libraries, while they are imported
 ]
 

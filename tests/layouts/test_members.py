@@ -25,7 +25,7 @@ from tests.support.mlx_reference import affine, float_values
 from tests.support.plan_texts import note_texts, reason_text
 from tests.support.safetensors_files import read_folder, write_file
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 ROLES = ("weight", "scales", "biases")
 UP = "model.layers.0.mlp.experts.{}.up_proj"

@@ -17,7 +17,7 @@ if MLX_VLM.folder is None:
 from tests.support.form_conversion import convert_form
 from tests.support.multimodal_forms import FORMS
 
-pytestmark = [pytest.mark.sweep(3), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.sweep(1), pytest.mark.filterwarnings("ignore")]
 
 EXACT = {"FP8, blocks of 128, powers of two", "compressed-tensors MXFP4"}
 

@@ -193,6 +193,7 @@ def test_experts_in_bfloat16(tmp_path: Path) -> None:
     assert check.ok and check.ran == ("text, 8 tokens",)
 
 
+@pytest.mark.slow
 def test_verify_and_convert(tmp_path: Path) -> None:
     write_model("mlx-vlm", tmp_path / "source")
     out = tmp_path / "out"

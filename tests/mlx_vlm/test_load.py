@@ -21,6 +21,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("options", [{"bits": 4}, {"mode": "mxfp4"}, {"dequantize": True}])
 def test_the_model_is_that_of_the_folder(options: dict, source: Path, tmp_path: Path) -> None:
     import mlx_vlm.utils

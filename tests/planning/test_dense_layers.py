@@ -22,7 +22,7 @@ from tests.support.mlx_lm_conversion import class_checkpoint
 from tests.support.plan_texts import note_texts
 from tests.support.safetensors_files import write_file
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = pytest.mark.sweep(1)
 
 pytest.importorskip("mlx_lm")
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -195,6 +195,7 @@ def test_a_budget_chooses_for_dense_layers_too(layout: str, tmp_path: Path) -> N
     assert plan.bits_per_weight <= 5
 
 
+@pytest.mark.slow
 def test_gpt_oss_in_its_own_mode(tmp_path: Path) -> None:
     """Experts keep their codes; attention, embedding and head follow the request, norms do not."""
     rng, experts = np.random.default_rng(0), "model.layers.0.mlp.experts"

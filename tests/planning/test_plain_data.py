@@ -200,6 +200,7 @@ def check_module(path: Path) -> None:
         node.lineno
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
+        and node.attr == "__setattr__"
         and ast.unparse(node) == "object.__setattr__"
         and id(node) not in normalizing
     ]

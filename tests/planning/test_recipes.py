@@ -20,7 +20,7 @@ from tests.support.mlx_reference import as_bytes, assert_same_output, by_mlx_lm
 from tests.support.number_formats import bf16
 from tests.support.plan_texts import note_texts, reason_text
 
-pytestmark = pytest.mark.sweep(2)
+pytestmark = pytest.mark.sweep(1)
 
 AFFINE = Quantization.affine(64, 4)
 
@@ -44,6 +44,7 @@ def test_mixed_recipes_are_mlx_lm_s(name: str, recipe: str, group_size: int, tmp
     assert_same_output(tmp_path / "ours", tmp_path / "theirs", expected)
 
 
+@pytest.mark.slow
 def test_recipes_of_mlx_vlm(tmp_path: Path) -> None:
     """Tensors and config as ``mlx_vlm.convert --quant-predicate`` writes them."""
     weights = write_model("mlx-vlm", tmp_path / "source")

@@ -84,6 +84,7 @@ def run(environment: dict[str, str], code: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_new_field_is_an_option_of_python(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run(environment, USE, str(MICRO), str(tmp_path / "out")))
     assert found == {

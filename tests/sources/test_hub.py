@@ -14,7 +14,7 @@ from tests.support.checkpoints import tree
 from tests.support.hub_commands import Call, ok
 from tests.support.hub_server import Hub, serving
 
-pytestmark = pytest.mark.sweep(1, tests=("test_a_plan_reads_headers_only",))
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("huggingface_hub")
 MICRO = Path(__file__).parents[2] / "examples" / "micro-llama"
@@ -123,7 +123,7 @@ def test_convert_downloads_and_records_the_commit(hub: Hub, call: Call, tmp_path
     (snapshot / "pytorch_model.bin").write_bytes(bytes(3 << 20))  # another program's
     (snapshot / "notes.txt").write_text("not of the repository")
     assert f"equal to a conversion of {NAME}" in ok(call("verify", NAME, "out"))
-    assert "all of its files are downloaded" in ok(call("plan", NAME, "--bits", "4"))
+    assert "all of its files are downloaded" in ok(call("plan", NAME, *options[:4]))
 
 
 def test_a_download_that_was_cut_resumes(hub: Hub, call: Call, tmp_path: Path) -> None:

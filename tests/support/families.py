@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ _PARTS = {"activations", "base", "bitlinear_layers", "cache", "gated_delta", "ml
 _PARTS |= {"rope_utils", "ssm", "switch_layers"}
 
 
-def model_types() -> list[str]:
+@cache
+def model_types() -> tuple[str, ...]:
     """Every model type that the installed mlx-lm has a module for."""
     import mlx_lm.models
 
     found = (module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__))
-    return [name for name in found if name not in _PARTS]
+    return tuple(name for name in found if name not in _PARTS)
 
 
 def small_config(model_type: str) -> dict[str, Any]:
