@@ -350,18 +350,27 @@ class RowEncoder {
   std::vector<double> column_sums_;  // of squared errors, then of squared values
 };
 
-// Rows as stored, cast to `dtype` and encoded. A block with NaN or infinity is counted and left
-// out: its codes are zeros.
+// How rows are stored: as values, or as E4M3 bytes with a scale for each block of rows and columns,
+// whose `bytes` are null, and whose `first_row` is that of the first row.
+struct StoredRows {
+  Dtype dtype;
+  bool is_float8;
+  Float8Blocks blocks;
+  size_t item_bytes() const { return is_float8 ? 1 : itemsize(dtype); }
+};
+
 struct RowTargets {
   RowWriter words, scales, biases;  // biases: of mode affine only
 };
 
-inline Findings encode_rows(RowReader& source, Dtype stored_dtype, Dtype dtype, size_t rows, size_t cols,
+// Rows as stored, decoded or cast to `dtype`, and encoded. A block with NaN or infinity is counted
+// and left out: its codes are zeros.
+inline Findings encode_rows(RowReader& source, const StoredRows& stored, Dtype dtype, size_t rows, size_t cols,
                             const Encoding& encoding, RowTargets& targets, size_t block_bytes) {
   const Kernels& k = kernels();
   Findings found;
   if (rows == 0 || cols == 0) return found;
-  const size_t stored_bytes = cols * itemsize(stored_dtype), dense_bytes = cols * itemsize(dtype);
+  const size_t stored_bytes = cols * stored.item_bytes(), dense_bytes = cols * itemsize(dtype);
   const size_t word_bytes = cols * size_t(encoding.bits) / 8;
   const size_t scale_bytes = cols / size_t(encoding.group_size) * (encoding.has_biases() ? itemsize(dtype) : 1);
   const size_t widest = stored_bytes > dense_bytes ? stored_bytes : dense_bytes;
@@ -371,16 +380,21 @@ inline Findings encode_rows(RowReader& source, Dtype stored_dtype, Dtype dtype, 
   targets.words.reserve(most * word_bytes, block_bytes);
   targets.scales.reserve(most * scale_bytes, block_bytes);
   if (encoding.has_biases()) targets.biases.reserve(most * scale_bytes, block_bytes);
-  const bool is_cast = stored_dtype != dtype;
+  const bool is_cast = stored.is_float8 || stored.dtype != dtype;
   const Buffer cast(is_cast ? most * dense_bytes : 0);
   RowEncoder encoder(encoding, dtype, cols, most);
   for (size_t row = 0, count; row < rows; row += count) {
     count = rows - row < most ? rows - row : most;
     const uint8_t* dense = source.next(count * stored_bytes);
-    if (is_cast) {
-      found.overflowed += k.cast({dense, stored_dtype}, count * cols, {cast.get(), dtype});
-      dense = cast.get();
+    if (stored.is_float8) {
+      Float8Blocks blocks = stored.blocks;
+      blocks.bytes = dense;
+      blocks.first_row += row;
+      k.float8_values(blocks, {cast.get(), dtype, count, cols});  // NaN is counted below
+    } else if (is_cast) {
+      found.overflowed += k.cast({dense, stored.dtype}, count * cols, {cast.get(), dtype});
     }
+    if (is_cast) dense = cast.get();
     Block out{reinterpret_cast<uint32_t*>(targets.words.next(count * word_bytes)),
               targets.scales.next(count * scale_bytes), nullptr};
     if (encoding.has_biases()) out.biases = targets.biases.next(count * scale_bytes);

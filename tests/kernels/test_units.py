@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from requant.kernels import units
 from requant.kernels.quantize import QuantizedTensors, dequantize, quantize, quantize_into
-from requant.kernels.units import FileBytes, FilePlace, Found, RowEncoding, UnitFileError
+from requant.kernels.units import (
+    BlockScales,
+    FileBytes,
+    FilePlace,
+    Found,
+    RowEncoding,
+    StoredRows,
+    UnitFileError,
+)
 from requant.quantization.config import Quantization
 from tests.support.inputs import DTYPES, assert_same_bits
 
@@ -43,7 +51,7 @@ def encode(
 ) -> tuple[list[np.ndarray], Found]:
     dtype = {name: x for x, name in zip(DTYPES, map(NAMES.get, map(str, DTYPES)), strict=True)}
     out = room(w.shape, dtype[encoding.dtype], encoding.target)
-    stored = NAMES[w.dtype.name], *w.shape
+    stored = StoredRows(NAMES[w.dtype.name], *w.shape)
     return out, units.encode_rows(w, stored, out, encoding, block_bytes=block_bytes)
 
 
@@ -101,6 +109,31 @@ def test_values_are_cast_first(dtype: np.dtype) -> None:
     assert found.overflowed == 0
 
 
+@pytest.mark.parametrize("fnuz", [False, True])
+@pytest.mark.parametrize("target", [FOUR_BITS, MODES[3]], ids=str)
+def test_bytes_are_decoded_first(target: Quantization, fnuz: bool) -> None:
+    """Blocks of 4 rows and 48 columns; the first row is the fourth of its block."""
+    rng = np.random.default_rng(2)
+    kind = np.dtype(ml_dtypes.float8_e4m3fnuz if fnuz else ml_dtypes.float8_e4m3fn)
+    stored = rng.standard_normal((10, 128)).astype(kind)
+    scales = (rng.random((4, 3)) + 0.5).astype(np.float32)
+    wide = stored.astype(np.float32) * scales[(np.arange(10) + 3) // 4][:, np.arange(128) // 48]
+    expected = [x for x in quantize(wide.astype(BF16), target) if x is not None]
+    rows = StoredRows("F8_E4M3FNUZ" if fnuz else "F8_E4M3", 10, 128, BlockScales(scales, 4, 48, 3))
+    for block_bytes in (0, 700, 1 << 20):
+        out = room(wide.shape, BF16, target)
+        encoding = RowEncoding(target, "BF16")
+        found = units.encode_rows(stored, rows, out, encoding, block_bytes=block_bytes)
+        for mine, theirs in zip(out, expected, strict=True):
+            assert_same_bits(mine, theirs)
+        squares = (wide.astype(BF16).astype(np.float64) ** 2).sum()
+        assert found.squared_values == pytest.approx(squares, rel=1e-6)
+    bad = stored.copy()
+    bad[7, 1] = np.nan
+    found = units.encode_rows(bad, rows, out, encoding, block_bytes=0)
+    assert (found.nonfinite, found.first_nonfinite_row) == (1, 7)
+
+
 def test_blocks_that_are_not_numbers_are_counted_and_left_out() -> None:
     w = normal(8, 64, np.dtype(np.float32))
     w[3, 5], w[3, 9], w[6, 0] = np.nan, np.inf, 1e30  # the last overflows float16
@@ -125,7 +158,7 @@ def test_codes_that_are_there_are_only_measured() -> None:
     quantize_into(w[::-1].copy(), target, QuantizedTensors(*out))
     before = [array.copy() for array in out]
     encoding = RowEncoding(target, "BF16")
-    found = units.encode_rows(w, ("BF16", *w.shape), out, encoding, is_encoded=True)
+    found = units.encode_rows(w, StoredRows("BF16", *w.shape), out, encoding, is_encoded=True)
     for mine, theirs in zip(out, before, strict=True):
         assert_same_bits(mine, theirs)
     decoded = dequantize(QuantizedTensors(*out), target).astype(np.float64)
@@ -144,7 +177,7 @@ def test_step_of_a_scale_byte(target: Quantization, byte: int, step: float) -> N
     out = room(w.shape, w.dtype, target)
     out[0][:], out[1][:] = 0, byte
     encoding = RowEncoding(target, "F32")
-    found = units.encode_rows(w, ("F32", *w.shape), out, encoding, is_encoded=True)
+    found = units.encode_rows(w, StoredRows("F32", *w.shape), out, encoding, is_encoded=True)
     assert (found.squared_error, found.max_error_steps) == (0.25, 0.5 / step)
 
 
@@ -218,7 +251,7 @@ def test_rows_pass_from_files_to_files(
         targets = [FilePlace(files.target, place) for place in places]
         encoding = RowEncoding(FOUR_BITS, "BF16")
         found = units.encode_rows(
-            source, ("BF16", *w.shape), targets, encoding, block_bytes=block_bytes
+            source, StoredRows("BF16", *w.shape), targets, encoding, block_bytes=block_bytes
         )
         assert found.nonfinite == 0
         image = files.path.read_bytes()
@@ -278,7 +311,7 @@ def test_the_output_that_cannot_be_written_is_named(files: type[Files], block_by
         with pytest.raises(UnitFileError, match="No space left") as raised:
             units.encode_rows(
                 [FileBytes(made.source, 0, w.nbytes)],
-                ("BF16", *w.shape),
+                StoredRows("BF16", *w.shape),
                 places,
                 RowEncoding(FOUR_BITS, "BF16"),
                 block_bytes=block_bytes,
@@ -306,8 +339,20 @@ def test_rows_that_lie_apart(files: type[Files]) -> None:
     [
         ({"source": np.zeros((2, 32), BF16)}, r"source: expected shape \(2, 64\), got \(2, 32\)"),
         ({"source": [(0, 0, 255)]}, "source: expected ranges of 256 bytes, got 255"),
-        ({"stored": ("BF16", 2, 63)}, "63 columns are not a multiple of 64"),
-        ({"stored": ("I32", 2, 64)}, "expected F32, F16 or BF16, got I32"),
+        ({"stored": StoredRows("BF16", 2, 63)}, "63 columns are not a multiple of 64"),
+        ({"stored": StoredRows("I32", 2, 64)}, "expected F32, F16 or BF16, got I32"),
+        (
+            {"stored": StoredRows("F8_E4M3", 2, 64)},
+            "block_scales: expected for F8_E4M3 and F8_E4M3FNUZ, and only for these",
+        ),
+        (
+            {
+                "stored": StoredRows(
+                    "F8_E4M3", 2, 64, BlockScales(np.ones((1, 1), np.float32), 2, 64, 1)
+                )
+            },
+            r"block_scales: row 2 in blocks of 2 lies beyond shape \(1, 1\)",
+        ),
         ({"targets": [np.zeros((2, 8), np.uint32)]}, "targets: expected 3, got 1"),
         ({"scales": np.zeros((2, 2), BF16)}, r"scales: expected shape \(2, 1\), got \(2, 2\)"),
         ({"biases": np.zeros((2, 1), np.float32)}, "biases: expected uint16, got uint32"),
@@ -321,7 +366,7 @@ def test_arguments_that_do_not_fit(change: dict[str, object], message: str) -> N
         for role, array in zip(("words", "scales", "biases"), made, strict=True)
     )
     source = change.get("source", np.zeros((2, 64), BF16))
-    stored = change.get("stored", ("BF16", 2, 64))
+    stored = change.get("stored", StoredRows("BF16", 2, 64))
     targets = change.get("targets", [words, scales, biases])
     is_encoded = bool(change.get("is_encoded"))
     with pytest.raises(ValueError, match=message):

@@ -86,13 +86,39 @@ const float* weights_of(const std::optional<In>& weights, const char* name, size
   return data<float>(*weights);
 }
 
+using BlockScales = std::tuple<In, ptrdiff_t, ptrdiff_t, ptrdiff_t>;
+
+StoredRows stored_rows(const std::string& dtype, const std::optional<BlockScales>& block_scales, size_t rows,
+                       size_t cols) {
+  StoredRows stored{};
+  stored.is_float8 = dtype == "F8_E4M3" || dtype == "F8_E4M3FNUZ";
+  if (stored.is_float8 != block_scales.has_value())
+    throw_value_error("block_scales: expected for F8_E4M3 and F8_E4M3FNUZ, and only for these");
+  if (!stored.is_float8) {
+    stored.dtype = dtype_of(dtype);
+    return stored;
+  }
+  const auto& [scales, block_rows, block_cols, first_row] = *block_scales;
+  if (block_rows < 1 || block_cols < 1 || first_row < 0)
+    throw_value_error("block_scales: expected blocks of 1 or more, and a first row of 0 or more");
+  const size_t high = size_t(block_rows), broad = size_t(block_cols), first = size_t(first_row);
+  check_rank(scales, "block_scales", 2);
+  check_shape(scales, "block_scales", 32, scales.shape(0), (cols + broad - 1) / broad);
+  if (rows > 0 && scales.shape(0) <= (first + rows - 1) / high)
+    throw_value_error("block_scales: row " + std::to_string(first + rows - 1) + " in blocks of " +
+                      std::to_string(high) + " lies beyond shape " + to_string(shape_of(scales)));
+  stored.blocks = {nullptr, data<float>(scales), scales.shape(1), high, broad, first, dtype == "F8_E4M3FNUZ"};
+  return stored;
+}
+
 using Found = std::tuple<size_t, ptrdiff_t, size_t, size_t, double, double, double>;
 
-Found encode_rows_from(Source source, const std::string& source_dtype, const std::string& dtype, size_t rows,
-                       size_t cols, const std::string& mode, int group_size, int bits, std::vector<Target> targets,
+Found encode_rows_from(Source source, const std::string& source_dtype, std::optional<BlockScales> block_scales,
+                       const std::string& dtype, size_t rows, size_t cols, const std::string& mode, int group_size, int bits, std::vector<Target> targets,
                        std::optional<std::string> level, std::optional<In> weights, std::optional<In> error_weights,
                        bool is_encoded, size_t block_bytes) {
-  const Dtype from = dtype_of(source_dtype), to = dtype_of(dtype);
+  const Dtype to = dtype_of(dtype);
+  const StoredRows stored = stored_rows(source_dtype, block_scales, rows, cols);
   Encoding encoding = encoding_of(mode, group_size, bits);
   check_multiple("source", cols, group_size);
   encoding.is_searched = level.has_value();
@@ -110,11 +136,11 @@ Found encode_rows_from(Source source, const std::string& source_dtype, const std
     if (is_encoded && !std::holds_alternative<Out>(target)) throw_value_error("targets: expected arrays with codes");
   const size_t groups = cols / size_t(group_size), words = groups * size_t(group_size * bits / 32);
   const size_t scale_bits = encoding.has_biases() ? bits_of(to) : 8;
-  RowReader reader = reader_of(source, bits_of(from), rows, cols);
+  RowReader reader = reader_of(source, 8 * stored.item_bytes(), rows, cols);
   RowTargets writers{writer_of(targets[0], "words", 0, 32, rows, words),
                      writer_of(targets[1], "scales", 1, scale_bits, rows, groups),
                      writer_of(targets.back(), count == 3 ? "biases" : "scales", count - 1, scale_bits, rows, groups)};
-  const Findings found = run([&] { return encode_rows(reader, from, to, rows, cols, encoding, writers, block_bytes); });
+  const Findings found = run([&] { return encode_rows(reader, stored, to, rows, cols, encoding, writers, block_bytes); });
   return {found.nonfinite,     found.first_nonfinite_row, found.overflowed,     found.flushed_groups,
           found.squared_error, found.squared_values,      found.max_error_steps};
 }
@@ -141,11 +167,13 @@ void init_unit(nb::module_& m) {
         "(fd, offset). Raises FileError(is_write, index of the range or target, errno or 0 at the end, offset).");
   m.def("cast_rows", &cast_rows_from, "source"_a.noconvert(), "source_dtype"_a, "target"_a.noconvert(), "dtype"_a,
         "count"_a, "block_bytes"_a, "The same with values rounded; returns the number of finite values that became infinite.");
-  m.def("encode_rows", &encode_rows_from, "source"_a.noconvert(), "source_dtype"_a, "dtype"_a, "rows"_a, "cols"_a,
+  m.def("encode_rows", &encode_rows_from, "source"_a.noconvert(), "source_dtype"_a,
+        "block_scales"_a.noconvert().none(), "dtype"_a, "rows"_a, "cols"_a,
         "mode"_a, "group_size"_a, "bits"_a, "targets"_a.noconvert(), "level"_a.none(), "weights"_a.noconvert().none(),
         "error_weights"_a.noconvert().none(), "is_encoded"_a, "block_bytes"_a,
         "Casts rows to dtype, encodes them into words, scales and biases, and measures the error; with is_encoded\n"
-        "only measures. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error,\n"
+        "only measures. F8_E4M3 and F8_E4M3FNUZ take block_scales: float32 bits, rows and columns of a block, the\n"
+        "first row. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error,\n"
         "squared values, the largest error in steps).");
   m.def("read_spaced", &read_spaced_from, "fd"_a, "offset"_a, "stride"_a, "into"_a.noconvert(),
         "Reads rows of bytes that lie stride bytes apart.");

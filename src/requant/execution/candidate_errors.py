@@ -116,7 +116,7 @@ class CandidateErrors:
                 for role, info in output_tensor_infos((1, columns), step.dtype, step.target).items()
             }
             chunk = Chunk(step, start, start + rows)
-            stats = encode_rows(chunk, dense, outputs, buffers, LayerStats())
+            stats = encode_rows(chunk, dense, outputs, buffers.hessians)
             found[candidate] = stats
             if stats.first_nonfinite_row is not None:
                 stats.first_nonfinite_row += step.rows.output_row + start

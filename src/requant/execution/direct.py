@@ -1,21 +1,25 @@
 """Pipeline stage 4: rows that go from files to files in one native call a unit.
 
-Rows that are copied, cast or encoded as they are stored pass this way where both ends are files;
-others pass through arrays (``operations``).
+Rows that are copied, cast or encoded as they are stored, and E4M3 bytes with scales of blocks that
+are encoded, pass this way where both ends are files; others pass through arrays (``operations``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from requant.checkpoints.checkpoint import ComputedTensor, cut
 from requant.core.dtypes import KERNEL_FLOATS, NUMPY_DTYPE
 from requant.execution.chunks import Chunk, matrix_runs
+from requant.execution.damaged_scales import damaged_parts
 from requant.execution.layer_stats import LayerStats
-from requant.execution.operations import row_encoding, stats_of
+from requant.execution.operations import byte_rows, decodes_rows, row_encoding, stats_of
 from requant.execution.sink import OpenShards
 from requant.execution.source_reader import SourceReader
 from requant.kernels import units
+from requant.packings.base import Packing
 from requant.planning.plan import Operation, Step
 
 
@@ -24,17 +28,17 @@ def is_direct(step: Step) -> bool:
 
     Scales are looked at, and rows in another order are written one by one: these do.
     """
-    if step.packing is not None or step.rows.order is not None or step.scales_of is not None:
-        return False
     stored = step.inputs.get("weight")
-    if len(step.inputs) != 1 or stored is None or isinstance(stored, ComputedTensor):
+    if stored is None or isinstance(stored, ComputedTensor) or step.rows.order is not None:
+        return False
+    if step.packing is not None:
+        return decodes_rows(step)
+    if len(step.inputs) != 1 or step.scales_of is not None or step.gptq:
         return False
     if step.operation is Operation.COPY:
         return True
     is_float = stored.info.dtype in KERNEL_FLOATS
-    return is_float and (
-        step.operation is Operation.CAST or (step.operation is Operation.ENCODE and not step.gptq)
-    )
+    return is_float and step.operation in (Operation.CAST, Operation.ENCODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +56,79 @@ class DirectRows:
             CheckpointError: A source file cannot be read any more.
             OutputError: A write failed.
         """
-        step, stats = unit.step, LayerStats()
+        step, stored = unit.step, unit.step.inputs["weight"]
+        assert not isinstance(stored, ComputedTensor)
+        blocks, stats = None, LayerStats()
+        row_bytes, first_row = step.row_bytes(stored), unit.start
+        if step.packing is not None:
+            blocks, stats = self._block_scales(unit, step.packing)
+            row_bytes, first_row = step.rows.columns, step.rows.first + unit.start
         for first, last, matrix in matrix_runs(unit):
-            found = self._run_rows(
-                replace(unit, start=unit.start + first, stop=unit.start + last), matrix
-            )
+            rows = replace(unit, start=unit.start + first, stop=unit.start + last)
+            span = (first_row + first) * row_bytes, (first_row + last) * row_bytes
+            source = self.reader.open_ranges(stored, *span)
+            try:
+                if blocks is None:
+                    found = self._convert(rows, matrix, source)
+                else:
+                    found = self._encode(rows, matrix, source, byte_rows(step, blocks, first, last))
+            except units.UnitFileError as error:
+                if error.is_write:
+                    raise self.shards.write_error(error) from error
+                self.reader.fail(list(cut(stored, *span))[error.index], error)
             if found.first_nonfinite_row is not None:
                 found.first_nonfinite_row += first
             stats.merge(found)
-        read = unit.rows * step.row_bytes(step.inputs["weight"])
-        return stats, read, unit.rows * sum(map(step.row_bytes, step.outputs.values()))
+        return (
+            stats,
+            unit.rows * row_bytes,
+            unit.rows * sum(map(step.row_bytes, step.outputs.values())),
+        )
 
-    def _run_rows(self, rows: Chunk, matrix: int) -> LayerStats:
-        step, stored = rows.step, rows.step.inputs["weight"]
-        assert not isinstance(stored, ComputedTensor)
-        row_bytes = step.row_bytes(stored)
-        span = rows.start * row_bytes, rows.stop * row_bytes
-        source = self.reader.open_ranges(stored, *span)
-        try:
-            return self._convert(rows, matrix, source, stored.info.dtype)
-        except units.UnitFileError as error:
-            if error.is_write:
-                raise self.shards.write_error(error) from error
-            self.reader.fail(list(cut(stored, *span))[error.index], error)
+    def _block_scales(self, unit: Chunk, packing: Packing) -> tuple[units.BlockScales, LayerStats]:
+        """The scales of bytes, and those that are NaN or infinite."""
+        step, rows = unit.step, unit.step.rows.stored_rows(unit.start, unit.stop)
+        parts = {}
+        for role, rect in packing.required_rects(*rows).items():
+            tensor = step.inputs[role]
+            assert not isinstance(tensor, ComputedTensor)
+            if role != "weight":
+                shape = rect.rows[1] - rect.rows[0], rect.columns[1] - rect.columns[0]
+                parts[role] = np.empty(shape, NUMPY_DTYPE[tensor.info.dtype])
+                self.reader.read_cut(tensor, rect, parts[role])
+        names = {role: tensor.name for role, tensor in step.inputs.items()}
+        return packing.block_scales(parts, rows[0]), damaged_parts(packing, names, parts, *rows)
 
-    def _convert(
-        self, rows: Chunk, matrix: int, source: list[units.FileBytes], dtype: str
+    def _convert(self, rows: Chunk, matrix: int, source: list[units.FileBytes]) -> LayerStats:
+        step, dtype = rows.step, rows.step.inputs["weight"].info.dtype
+        if step.operation is Operation.ENCODE:
+            stored = units.StoredRows(dtype, rows.rows, step.rows.columns)
+            return self._encode(rows, matrix, source, stored)
+        (target,) = self._targets(rows)
+        nbytes = sum(part.nbytes for part in source)
+        if step.operation is Operation.COPY:
+            units.copy_rows(source, target, nbytes, self.block_bytes)
+            return LayerStats()
+        count, dtypes = (
+            nbytes // NUMPY_DTYPE[dtype].itemsize,
+            (dtype, step.outputs["weight"].info.dtype),
+        )
+        return LayerStats(
+            overflowed=units.cast_rows(source, dtypes, target, count, block_bytes=self.block_bytes)
+        )
+
+    def _encode(
+        self, rows: Chunk, matrix: int, source: list[units.FileBytes], stored: units.StoredRows
     ) -> LayerStats:
-        step, block_bytes = rows.step, self.block_bytes
-        targets = [
+        targets, encoding = self._targets(rows), row_encoding(rows.step, matrix)
+        return stats_of(
+            units.encode_rows(source, stored, targets, encoding, block_bytes=self.block_bytes)
+        )
+
+    def _targets(self, rows: Chunk) -> list[units.FilePlace]:
+        """Where the rows begin in each output: words, scales, biases."""
+        step = rows.step
+        return [
             units.FilePlace(
                 self.shards.fd(out.file),
                 out.offset + (step.rows.output_row + rows.start) * step.row_bytes(out),
@@ -88,18 +136,3 @@ class DirectRows:
             for role in ("weight", "scales", "biases")
             if (out := step.outputs.get(role)) is not None
         ]
-        if step.operation is Operation.ENCODE:
-            stored, encoding = (dtype, rows.rows, step.rows.columns), row_encoding(step, matrix)
-            return stats_of(
-                units.encode_rows(source, stored, targets, encoding, block_bytes=block_bytes)
-            )
-        (target,) = targets
-        nbytes = sum(part.nbytes for part in source)
-        if step.operation is Operation.COPY:
-            units.copy_rows(source, target, nbytes, block_bytes)
-            return LayerStats()
-        count = nbytes // NUMPY_DTYPE[dtype].itemsize
-        dtypes = dtype, step.outputs["weight"].info.dtype
-        return LayerStats(
-            overflowed=units.cast_rows(source, dtypes, target, count, block_bytes=block_bytes)
-        )

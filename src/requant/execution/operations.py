@@ -99,7 +99,8 @@ def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffer
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
         stats.overflowed = values.cast_into(dense, wanted)
         dense = wanted
-    return encode_rows(chunk, dense, outputs, buffers, stats)
+    stats.merge(encode_rows(chunk, dense, outputs, buffers.hessians))
+    return stats
 
 
 def _decode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
@@ -117,7 +118,7 @@ def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffer
     dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
     assert step.source is not None
     _dequantize(step.source, inputs, dense, buffers)
-    return encode_rows(chunk, dense, outputs, buffers, LayerStats())
+    return encode_rows(chunk, dense, outputs, buffers.hessians)
 
 
 def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
@@ -145,27 +146,56 @@ def _dequantize(
 
 
 def encode_rows(
-    chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: WorkerBuffers, stats: LayerStats
+    chunk: Chunk,
+    dense: np.ndarray,
+    outputs: Arrays,
+    hessians: HessianCache,
+    blocks: units.BlockScales | None = None,
 ) -> LayerStats:
-    """Encode, and measure the quantization error while the values are in the cache."""
-    params = chunk.step.encode
-    assert params is not None, f"{chunk.step.operation} without EncodeParams"
+    """Encode, and measure the quantization error while the values are in the cache.
+
+    With ``blocks`` the rows are E4M3 bytes.
+    """
+    step, params, stats = chunk.step, chunk.step.encode, LayerStats()
+    assert params is not None, f"{step.operation} without EncodeParams"
     for first, last, matrix in matrix_runs(chunk):
         part = {role: array[first:last] for role, array in outputs.items()}
         rows = dense[first:last]
         is_encoded = (
             params.gptq
             and not values.count_nonfinite(rows)
-            and _quantize_gptq(params, rows, part, matrix, buffers.hessians)
+            and _quantize_gptq(params, rows, part, matrix, hessians)
         )
-        stored = HEADER_NAME[rows.dtype], *rows.shape
-        encoding, targets = row_encoding(chunk.step, matrix), QuantizedTensors.from_roles(part)
+        if blocks is None:
+            stored = units.StoredRows(HEADER_NAME[rows.dtype], *rows.shape)
+        else:
+            stored = byte_rows(step, blocks, first, last)
+        encoding, targets = row_encoding(step, matrix), QuantizedTensors.from_roles(part)
         given = [array for array in targets if array is not None]
         found = stats_of(units.encode_rows(rows, stored, given, encoding, is_encoded=is_encoded))
         if found.first_nonfinite_row is not None:
             found.first_nonfinite_row += first
         stats.merge(found)
     return stats
+
+
+def decodes_rows(step: Step) -> bool:
+    """Whether a packed layer's rows are bytes that one native call decodes and encodes."""
+    return (
+        step.operation is Operation.RECODE
+        and step.packing is not None
+        and step.packing.has_byte_rows
+        and step.rows.step == 1
+        and not step.gptq
+    )
+
+
+def byte_rows(step: Step, blocks: units.BlockScales, first: int, last: int) -> units.StoredRows:
+    """Rows ``first`` to ``last`` of those that blocks begin with."""
+    stored = step.inputs["weight"].info.dtype
+    dtype = "F8_E4M3FNUZ" if stored == "F8_E4M3FNUZ" else "F8_E4M3"  # plain bytes are E4M3
+    moved = blocks._replace(first_row=blocks.first_row + first)
+    return units.StoredRows(dtype, last - first, step.rows.columns, moved)
 
 
 def row_encoding(step: Step, matrix: int) -> units.RowEncoding:
@@ -219,6 +249,10 @@ def _run_packed(
     step = chunk.step
     rows = step.rows.stored_rows(chunk.start, chunk.stop)
     results = outputs
+    if decodes_rows(step):
+        stored = inputs["weight"].view(np.uint8)
+        blocks = packing.block_scales(inputs, rows[0])
+        return encode_rows(chunk, stored, outputs, buffers.hessians, blocks)
     if step.operation is Operation.RECODE:
         width = step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
         results = {"weight": buffers.take("dense", step.dtype, chunk.rows, width)}
@@ -232,7 +266,7 @@ def _run_packed(
     strided.copy_selected_rows()
     if step.operation is Operation.DECODE:
         return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
-    return encode_rows(chunk, results["weight"], outputs, buffers, LayerStats())
+    return encode_rows(chunk, results["weight"], outputs, buffers.hessians)
 
 
 class _StridedOutput:

@@ -69,6 +69,24 @@ class Found(NamedTuple):
     max_error_steps: float  # the largest error in steps of its group
 
 
+class BlockScales(NamedTuple):
+    """The scales of E4M3 bytes, one for each block of rows and columns; the last may be cut."""
+
+    scales: Array  # float32, (block rows, block columns)
+    block_rows: int
+    block_columns: int
+    first_row: int  # of the bytes, in the blocks
+
+
+class StoredRows(NamedTuple):
+    """How rows are stored: as floats, or as E4M3 bytes."""
+
+    dtype: str  # header name
+    rows: int
+    columns: int
+    block_scales: BlockScales | None = None  # of F8_E4M3 and F8_E4M3FNUZ
+
+
 @dataclass(frozen=True, slots=True)
 class RowEncoding:
     """How rows are encoded and the error is measured.
@@ -122,20 +140,20 @@ def cast_rows(
 
 def encode_rows(
     source: Source,
-    stored: tuple[str, int, int],
+    stored: StoredRows,
     targets: Sequence[Target],
     encoding: RowEncoding,
     *,
     is_encoded: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> Found:
-    """Cast rows, encode them, and measure the error of the codes.
+    """Cast rows, or decode them, encode them, and measure the error of the codes.
 
     A block with NaN or infinity is counted and gets codes of zeros.
 
     Args:
         source: The rows as stored; an array is ``(rows, columns)``.
-        stored: Their dtype (a header name), rows and columns.
+        stored: What they are.
         targets: For words, scales and, in affine mode, biases. Arrays are ``(rows, ...)``.
         encoding: How they are encoded.
         is_encoded: The targets are arrays that hold the codes already: only measure.
@@ -145,13 +163,14 @@ def encode_rows(
         UnitFileError: A file cannot be read or written.
     """
     target = encoding.target
-    dtype, rows, columns = stored
+    dtype, rows, columns, blocks = stored
     error_weights = encoding.error_weights
     try:
         return Found(
             *_native.encode_rows(
                 _bits(source),
                 dtype,
+                None if blocks is None else (as_unsigned(blocks.scales), *blocks[1:]),
                 encoding.dtype,
                 rows,
                 columns,

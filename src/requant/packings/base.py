@@ -21,6 +21,7 @@ from requant.core.json_pieces import as_data
 from requant.errors import InvariantError
 from requant.kernels import decode, repack
 from requant.kernels import quantize as native
+from requant.kernels.units import BlockScales
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import format_range
 
@@ -87,6 +88,9 @@ class Packing(ABC):
     # whether a range of rows is spread over the whole tensor, so that few large ranges are read
     # faster than many small ones
     strided: ClassVar[bool] = False
+    # whether the part ``weight`` is E4M3 bytes, row by row, which a native call decodes and encodes
+    # with ``block_scales`` alone
+    has_byte_rows: ClassVar[bool] = False
     # bytes of scratch memory that ``decode`` takes for a value
     scratch_value_bytes: ClassVar[int] = 4
     holds_codes: ClassVar[bool] = True  # else values are only in another order or dtype
@@ -117,6 +121,10 @@ class Packing(ABC):
     @abstractmethod
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Fill ``out``, ``(rows, columns)``, with values rounded once to its dtype."""
+
+    def block_scales(self, parts: Parts, start: int) -> BlockScales:
+        """The scales of rows from ``start`` on, where ``has_byte_rows``."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows of bytes")
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Return how exact ``repack`` is when scales and biases are stored as ``dtype``."""

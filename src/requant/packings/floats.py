@@ -18,6 +18,7 @@ import numpy as np
 from requant.errors import InvariantError
 from requant.kernels import quantize as native
 from requant.kernels.decode import e4m3_values_into
+from requant.kernels.units import BlockScales
 from requant.packings.base import (
     Array,
     Exactness,
@@ -100,6 +101,7 @@ class Float8(MatrixPacking):
     scale_width: int  # last axis of the stored scales
     # whether every scale is a power of two and MLX's mxfp8 holds the same numbers
     exact: bool = False
+    has_byte_rows: ClassVar[bool] = True
     scratch_value_bytes: ClassVar[int] = 0
 
     @property
@@ -144,17 +146,20 @@ class Float8(MatrixPacking):
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """``byte * scale`` in float32, rounded once."""
-        codes = _as_float8(parts["weight"])
-        tiles = scale_values(parts["scale"]).reshape(-1, self.grid[1])
+        codes, blocks = _as_float8(parts["weight"]), self.block_scales(parts, start)
         # What is not a number is counted where the values are stored or encoded.
         e4m3_values_into(
             codes.view(np.uint8),
-            tiles,
+            blocks.scales,
             *self.tile,
             out,
-            first_row=start % self.matrix % self.tile[0],
+            first_row=blocks.first_row,
             fnuz=codes.dtype == np.dtype(ml_dtypes.float8_e4m3fnuz),
         )
+
+    def block_scales(self, parts: Parts, start: int) -> BlockScales:
+        scales = scale_values(parts["scale"]).reshape(-1, self.grid[1])
+        return BlockScales(scales, *self.tile, start % self.matrix % self.tile[0])
 
 
 @dataclass(frozen=True)
