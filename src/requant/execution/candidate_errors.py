@@ -18,7 +18,7 @@ from requant.core.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.execution.chunks import Chunk
 from requant.execution.hessian_cache import HessianCache
 from requant.execution.layer_stats import LayerStats
-from requant.execution.operations import WorkerBuffers, encode_rows
+from requant.execution.operations import WorkerBuffers, _quantize
 from requant.planning.plan import Operation, OutputTensor, Step
 from requant.planning.steps import output_tensor_infos
 
@@ -116,7 +116,7 @@ class CandidateErrors:
                 for role, info in output_tensor_infos((1, columns), step.dtype, step.target).items()
             }
             chunk = Chunk(step, start, start + rows)
-            stats = encode_rows(chunk, dense, outputs, buffers, LayerStats())
+            stats = _quantize(chunk, dense, outputs, buffers, LayerStats())
             found[candidate] = stats
             if stats.first_nonfinite_row is not None:
                 stats.first_nonfinite_row += step.rows.output_row + start

@@ -100,7 +100,7 @@ def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffer
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
         stats.overflowed = values.cast_into(dense, wanted)
         dense = wanted
-    return encode_rows(chunk, dense, outputs, buffers, stats)
+    return _quantize(chunk, dense, outputs, buffers, stats)
 
 
 def _decode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
@@ -118,7 +118,7 @@ def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffer
     dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
     assert step.source is not None
     _dequantize(step.source, inputs, dense, buffers)
-    return encode_rows(chunk, dense, outputs, buffers, LayerStats())
+    return _quantize(chunk, dense, outputs, buffers, LayerStats())
 
 
 def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
@@ -145,7 +145,7 @@ def _dequantize(
         values.cast_into(wide, dense)
 
 
-def encode_rows(
+def _quantize(
     chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: WorkerBuffers, stats: LayerStats
 ) -> LayerStats:
     """Encode, and measure the quantization error while the chunk is in the cache."""
@@ -231,7 +231,7 @@ def _run_packed(
     strided.copy_selected_rows()
     if step.operation is Operation.DECODE:
         return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
-    return encode_rows(chunk, results["weight"], outputs, buffers, LayerStats())
+    return _quantize(chunk, results["weight"], outputs, buffers, LayerStats())
 
 
 class _StridedOutput:
