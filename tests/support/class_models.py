@@ -164,6 +164,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "llava": _CLIP | {"text_config": {"model_type": "llama"}},
         "llava_bunny": _SIGLIP | {"text_config": {"model_type": "qwen2"}},
         "llava_next": _CLIP | {"text_config": {"model_type": "llama"}},
+        "mistral3": {"text_config": {"rope_theta": 10000.0}},
         "olmo3": _BOTH,
     },
     "mlx-audio": {"parakeet": _PARAKEET},
