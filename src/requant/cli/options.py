@@ -183,7 +183,9 @@ Written = Annotated[Path, _argument("OUTPUT", "Folder that convert wrote.")]
 Verified = Annotated[Path | None, _argument("SOURCE", "The source of OUTPUT; may be left out.")]
 AgainstSource = Annotated[Path | None, _argument("OUTPUT", "Folder to check.")]
 ModelA = Annotated[Path, _argument("A", "Folder or GGUF file of the reference model.")]
-ModelB = Annotated[Path, _argument("B", "The same model in another form.")]
+ModelsB = Annotated[
+    list[Path], _argument("B...", "The same model in another form, or several of them.")
+]
 Calibrated = Annotated[Path, _argument("MODEL", "Folder, GGUF file, or org/name on the hub.")]
 Repository = Annotated[str, _argument("REPO", _REPOSITORY)]
 
@@ -205,6 +207,20 @@ BaseModel = Annotated[
     str | None, _value("--base-model", "ID", "Source on the hub, for the model card.")
 ]
 Load = Annotated[bool, typer.Option("--load", help=_LOAD)]
+Cache = Annotated[
+    Path | None,
+    _value(
+        "--cache",
+        "FOLDER",
+        "With several outputs: keep what A predicts in this folder, and use what is there.",
+    ),
+]
+ScoresFile = Annotated[
+    Path | None,
+    _value(
+        "--scores", "FILE", "Add what `requant compare A OUTPUT... --text FILE --json` printed."
+    ),
+]
 Html = Annotated[Path | None, _value("--html", "FILE", "Write one self-contained page.")]
 Prompt = Annotated[
     str, _value("--prompt", "TEXT", "The prompt; in the chat template, if any.", short="-p")

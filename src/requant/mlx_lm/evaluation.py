@@ -22,6 +22,7 @@ from requant.text import format_value, one_line, pluralize, utf8_error
 
 DEFAULT_TOKENS = 8192
 DEFAULT_WINDOW = 256
+_SAMPLES = 200  # of the windows, for the error of a percentile
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,16 @@ class Estimate:
         """The mean of one number for each window; windows count as independent."""
         spread = float(windows.std(ddof=1)) / len(windows) ** 0.5
         return Estimate(float(windows.mean()), spread)
+
+    @staticmethod
+    def of_percentile(tokens: np.ndarray, percent: float) -> Estimate:
+        """A percentile of a number for each token, ``(windows, tokens)``.
+
+        The error is the spread over samples of the windows, drawn with replacement.
+        """
+        draws = np.random.default_rng(0).integers(0, len(tokens), (_SAMPLES, len(tokens)))
+        spread = np.std([np.percentile(tokens[drawn], percent) for drawn in draws])
+        return Estimate(float(np.percentile(tokens, percent)), float(spread))
 
     def raised(self) -> Estimate:
         """The exponential: the perplexity of a loss, with its error to first order."""
@@ -56,6 +67,8 @@ class Evaluation:
         perplexity_b: The same of B.
         divergence: Mean Kullback-Leibler divergence of B's next-token distribution from A's,
             in nats: the sum over tokens of ``p_A * (log p_A - log p_B)``.
+        divergence_median: The median of it over the predicted tokens.
+        divergence_p99: The 99th percentile of it.
         same_top: Share of tokens for which both predict the same token as most likely.
     """
 
@@ -67,6 +80,8 @@ class Evaluation:
     perplexity_a: Estimate
     perplexity_b: Estimate
     divergence: Estimate
+    divergence_median: Estimate
+    divergence_p99: Estimate
     same_top: Estimate
 
 
@@ -146,7 +161,7 @@ def as_backend_errors() -> Iterator[None]:
 
 def losses(model: Any, ids: np.ndarray) -> np.ndarray:
     """Mean next-token loss of each window of ``ids``, in nats: ``(windows,)``."""
-    return np.array([_loss(_log_probabilities(model, row), row) for row in ids])
+    return np.array([_loss(log_probabilities(model, row), row) for row in ids])
 
 
 def evaluate(
@@ -164,37 +179,60 @@ def evaluate(
         UsageError: The models predict different numbers of tokens.
         BackendError: MLX cannot run one of them on this machine.
     """
+    return evaluate_against(lambda n: log_probabilities(model_a, ids[n]), model_b, ids, progress)
+
+
+def evaluate_against(
+    reference: Callable[[int], Any],
+    model_b: Any,
+    ids: np.ndarray,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """The same with what the reference model predicts in place of itself.
+
+    ``reference`` gives ``log_probabilities`` of A for the number of a window.
+
+    Raises:
+        UsageError, BackendError: As ``evaluate``.
+    """
     import mlx.core as mx
 
-    results = np.empty((len(ids), 4))
+    means = np.empty((len(ids), 3))
+    divergences = np.empty((len(ids), ids.shape[1] - 1))
     for number, row in enumerate(ids):
-        a, b = _log_probabilities(model_a, row), _log_probabilities(model_b, row)
+        a, b = reference(number), log_probabilities(model_b, row)
         if a.shape != b.shape:
             raise UsageError(
                 f"vocabularies differ: {a.shape[-1]:,} and {b.shape[-1]:,} tokens; "
                 "compare --text is for two forms of one model"
             )
-        divergence = float((mx.exp(a) * (a - b)).sum(-1).mean())
+        divergences[number] = np.array((mx.exp(a) * (a - b)).sum(-1))
         same = float((a.argmax(-1) == b.argmax(-1)).astype(mx.float32).mean())
-        results[number] = _loss(a, row), _loss(b, row), divergence, same
+        means[number] = _loss(a, row), _loss(b, row), same
         if progress is not None:
             progress(number + 1, len(ids))
-    loss_a, loss_b = Estimate.of(results[:, 0]), Estimate.of(results[:, 1])
+    loss_a, loss_b = Estimate.of(means[:, 0]), Estimate.of(means[:, 1])
     return Evaluation(
         tokens=ids.size - len(ids),
         windows=len(ids),
         loss_a=loss_a,
         loss_b=loss_b,
-        gap=Estimate.of(results[:, 1] - results[:, 0]),
+        gap=Estimate.of(means[:, 1] - means[:, 0]),
         perplexity_a=loss_a.raised(),
         perplexity_b=loss_b.raised(),
-        divergence=Estimate.of(results[:, 2]),
-        same_top=Estimate.of(results[:, 3]),
+        divergence=Estimate.of(divergences.mean(1)),
+        divergence_median=Estimate.of_percentile(divergences, 50),
+        divergence_p99=Estimate.of_percentile(divergences, 99),
+        same_top=Estimate.of(means[:, 2]),
     )
 
 
-def _log_probabilities(model: Any, row: np.ndarray) -> Any:
-    """Float32 ``(window - 1, vocabulary)`` for the tokens after the first."""
+def log_probabilities(model: Any, row: np.ndarray) -> Any:
+    """Float32 ``(window - 1, vocabulary)`` for the tokens after the first of a window.
+
+    Raises:
+        BackendError: MLX cannot run the model on this machine.
+    """
     import mlx.core as mx
 
     with as_backend_errors(), blas_products():
