@@ -110,7 +110,7 @@ def compare(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare two forms of one model, layer by layer, or several on a text.
+    """Compare two forms of one model, or several with one.
 
     Prints relative RMS, largest error and cosine of every tensor; A and B may have any format.
     With --text, both predict its tokens: loss and perplexity of each, how far B's predictions
