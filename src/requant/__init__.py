@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from requant.api.compare import Comparison, compare
+    from requant.api.compare_outputs import OutputScores, compare_outputs
     from requant.api.convert import convert, plan
     from requant.api.inspect import Inspection, inspect
     from requant.api.join import join
@@ -71,6 +72,7 @@ __all__ = [
     "MissingKeyError",
     "OutOfRangeError",
     "OutputError",
+    "OutputScores",
     "ParseError",
     "PerLayerQuantization",
     "Plan",
@@ -87,6 +89,7 @@ __all__ = [
     "Verification",
     "calibrate",
     "compare",
+    "compare_outputs",
     "convert",
     "default_eligible",
     "dequantize_weights",
@@ -108,6 +111,10 @@ _DEFINED_IN = {
     "api.compare": (
         "Comparison",
         "compare",
+    ),
+    "api.compare_outputs": (
+        "OutputScores",
+        "compare_outputs",
     ),
     "api.convert": (
         "convert",

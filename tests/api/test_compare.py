@@ -130,7 +130,7 @@ def test_two_models_by_hand() -> None:
         return lambda ids: mx.broadcast_to(logits, (*ids.shape, len(odds)))
 
     ids = np.array([[0, 1, 1], [0, 0, 1]])
-    found = evaluate(reports([1, 3]), reports([2, 2]), ids)
+    found = evaluate(reports([1, 3]), reports([2, 2]), list(ids))
     surprise = -np.log([0.25, 0.75])
     assert found.loss_a.value == pytest.approx((3 * surprise[1] + surprise[0]) / 4, abs=1e-6)
     assert found.loss_b.value == pytest.approx(np.log(2), abs=1e-6)
@@ -139,7 +139,7 @@ def test_two_models_by_hand() -> None:
     )
     assert (found.tokens, found.windows, found.same_top.value) == (4, 2, 0.0)
     with pytest.raises(UsageError, match="vocabularies differ"):
-        evaluate(reports([1, 3]), reports([1, 1, 1]), ids)
+        evaluate(reports([1, 3]), reports([1, 1, 1]), list(ids))
 
 
 @pytest.mark.slow

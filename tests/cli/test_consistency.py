@@ -24,6 +24,7 @@ from tests.support.commands import COMMANDS, Result, check_usage
 PUBLIC_FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "convert": (requant.convert, requant.upload),
     "generate": (requant.convert, requant.mlx_lm.generate),  # load's options are convert's
+    "compare": (requant.compare, requant.compare_outputs),
     "plan": (requant.plan, plan_resources),
     "recipes": (load_recipe,),
     "report": (requant.read_figures, render_page),

@@ -146,3 +146,23 @@ def test_the_check_can_fail(requant: Requant) -> None:
     for wrong in ({"more": 1}, {"schema": 2}, {"recipes": [{}]}):
         with pytest.raises(jsonschema.ValidationError):
             check("recipes", json.dumps(document | wrong))
+
+
+@pytest.mark.slow
+def test_compare_of_several_outputs(requant: Requant, output: Path, tmp_path: Path) -> None:
+    """The document is drawn in the page, and is a table of the card."""
+    text = tmp_path / "text.txt"
+    text.write_text("A tensor is a run of bytes with a shape, and a file holds many. " * 20)
+    words = ("compare", MICRO, output, MICRO, "--text", text, "--tokens", 96, "--window", 48)
+    scores = check("compare", requant(*words, "--json").out)["scores"]
+    assert [score["output"] for score in scores] == [str(output), str(MICRO)]
+    assert "99th percentile" in requant(*words).out
+    (tmp_path / "s.json").write_text(requant(*words, "--json").out)
+    page = tmp_path / "page.html"
+    assert requant("report", output, "--html", page, "--scores", tmp_path / "s.json").code == 0
+    assert "Size against KL divergence" in page.read_text()
+    card = requant("upload", output, "me/out", "--dry-run", "--scores", tmp_path / "s.json")
+    assert "## Quality" in card.out, card.err
+    assert "--text FILE" in requant("compare", MICRO, output, MICRO).err
+    assert "--cache is for several" in requant("compare", MICRO, output, "--cache", "c").err
+    assert "--html FILE" in requant("report", output, "--scores", "s.json").err

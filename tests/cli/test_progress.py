@@ -101,7 +101,15 @@ def test_a_count_tells_the_time_that_is_left(
         update("block 1", 10, 40)
         clock[0] += 20
         update("block 2", 20, 40)
-    assert capsys.readouterr().err == " 50%  20 of 40  40 s left  block 2\n"
+        clock[0] += 20
+        update("window 5", 5, 10)  # another count
+        clock[0] += 20
+        update("window 7", 7, 10)
+    assert capsys.readouterr().err.splitlines() == [
+        " 50%  20 of 40  40 s left  block 2",
+        " 50%  5 of 10  window 5",
+        " 70%  7 of 10  30 s left  window 7",
+    ]
 
 
 def test_a_calibration_tells_the_time_that_is_left() -> None:

@@ -205,7 +205,7 @@ def _evaluate(
     if len(ids) + len(prompts) < 2:
         raise UsageError("a standard error needs two windows: give a text or more images")
     model_b, _ = load_as_stored(b, with_images=with_images, threads=threads)
-    return evaluate(model_a, model_b, ids, progress, prompts)
+    return evaluate(model_a, model_b, [*ids, *prompts], progress)
 
 
 def _plans(a: Source, b: Source) -> list[Planned]:

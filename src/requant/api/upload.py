@@ -22,6 +22,7 @@ from requant.reports.front_matter import FrontMatter, read_front_matter
 from requant.reports.model_card import model_card, source_card
 from requant.reports.record_summary import Figures, read_figures
 from requant.reports.repository_name import repository_name, source_name
+from requant.reports.scores import read_scores
 from requant.sources.hub_client import hub_errors, read_range
 from requant.sources.hub_repository import CARD, find_repository, read_source
 from requant.sources.open import as_checkpoint
@@ -78,6 +79,7 @@ def upload(
     force: bool = False,
     preview: bool = False,
     show_progress: bool = False,
+    scores: Source | None = None,
 ) -> Upload:
     """Upload a folder that ``convert`` wrote, with a model card, as one commit.
 
@@ -101,6 +103,8 @@ def upload(
         force: Replace a README.md that differs from the card. A pull request needs no force.
         preview: Make the card and the list of files without contacting the hub.
         show_progress: Let huggingface_hub draw its bars on standard error.
+        scores: What ``requant compare DENSE OUTPUT OUTPUT --text FILE --json`` printed, for a table
+            in the card.
 
     Returns:
         The card, the files with their sizes in bytes and, unless previewed, the commit's address.
@@ -120,7 +124,8 @@ def upload(
     _library()
     repository = _recorded_name(repository, folder, figures, base_model)
     metadata, notes = _source_metadata(folder, figures)
-    card = model_card(figures, repository, base_model, metadata)
+    found = None if scores is None else read_scores(Path(scores))
+    card = model_card(figures, repository, base_model, metadata, found)
     paths = {x.relative_to(folder).as_posix(): x for x in sorted(folder.rglob("*")) if x.is_file()}
     paths = {name: path for name, path in paths.items() if not _is_hidden(name)}
     sizes = {name: path.stat().st_size for name, path in paths.items()}

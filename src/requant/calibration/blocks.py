@@ -175,10 +175,10 @@ class BlockwiseModel:
             _run(self.model, ids)
         return taken[0]
 
-    def finish(self, ids: np.ndarray, hidden: mx.array) -> None:
-        """Run the layers after the last block; only inputs of observed layers are evaluated."""
+    def finish(self, ids: np.ndarray, hidden: mx.array) -> mx.array:
+        """The logits from the output of the last block; nothing is evaluated."""
         with self._stubs([lambda x, args, kwargs: hidden] * len(self.blocks)):
-            _run(self.model, ids)
+            return _run(self.model, ids)
 
     @staticmethod
     def step(block: Module, hidden: mx.array, call: _Call) -> mx.array:
@@ -195,11 +195,11 @@ class BlockwiseModel:
         return output
 
 
-def _run(model: TextModel, ids: np.ndarray) -> None:
+def _run(model: TextModel, ids: np.ndarray) -> mx.array:
     import mlx.core as mx
 
     try:
-        model(mx.array(ids[None]))
+        return model(mx.array(ids[None]))
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise NotBlockwiseError(f"its code wants its own blocks: {error}") from error
 

@@ -112,6 +112,11 @@ class HiddenStates:
                     raise OutputError(f"{path}: {message}")
                 yield row
 
+    def keep(self, number: int, place: Path) -> None:
+        """Give the file of the hidden states before a block another name."""
+        with as_output_errors(place):
+            self._path(number).replace(place)
+
 
 class RunFolder:
     """The folder of one calibration; a context manager that holds its lock.

@@ -9,13 +9,15 @@ import typer
 from requant.cli.error_handling import EXIT_FAULT, handle_errors, print_json, print_stderr
 from requant.cli.options import (
     AgainstSource,
+    Cache,
     Html,
     Json,
     Load,
     ModelA,
-    ModelB,
+    ModelsB,
     Quiet,
     ReadImages,
+    ScoresFile,
     Source,
     TableOptions,
     Text,
@@ -99,43 +101,59 @@ def verify(
 @with_options("threads")
 def compare(
     a: ModelA,
-    b: ModelB,
+    b: ModelsB,
     *,
     text: Text = None,
     image: ReadImages = None,
     tokens: TextTokens = 8192,
     window: TextWindow = 256,
+    cache: Cache = None,
     options: TableOptions,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare two forms of one model, layer by layer.
+    """Compare two forms of one model, or several with one.
 
     Prints relative RMS, largest error and cosine of every tensor; A and B may have any format.
     With --text, both predict its tokens: loss and perplexity of each, how far B's predictions
     diverge from A's and how often both agree, each with its standard error. --image adds prompts
-    about images, of which the tokens of the text are predicted.
+    about images, of which the tokens of the text are predicted. Several outputs after A are
+    measured on the text in one run, for which A runs once.
 
     \b
     Examples:
       requant compare Llama-3.2-1B Llama-3.2-1B-4bit
       requant compare Llama-3.2-1B Llama-3.2-1B-4bit --text held-out.txt
       requant compare Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --json
+      requant compare Llama-3.2-1B 4bit 3bit mxfp4 --text held-out.txt
     """  # noqa: D301
     from requant.api import compare as comparison
+    from requant.api import compare_outputs as scoring
     from requant.cli import tables
 
+    settings: TableOptions = {"tokens": tokens, "window": window, **options}
+    if len(b) > 1:
+        with handle_errors():
+            if text is None or image:
+                raise UsageError(
+                    "several outputs are compared on a text: "
+                    + ("leave --image out" if image else "add --text FILE")
+                )
+            with counting_display(quiet) as progress:
+                scores = scoring.compare_outputs(
+                    a, b, text, cache=cache, **settings, progress=progress
+                )
+            if json:
+                print_json(scores.to_dict())
+            elif not quiet:
+                tables.show_scores(scores)
+        return
     with handle_errors():
+        if cache is not None:
+            raise UsageError("--cache is for several outputs after A")
         with counting_display(quiet) as progress:
             result = comparison.compare(
-                a,
-                b,
-                text=text,
-                images=image or (),
-                tokens=tokens,
-                window=window,
-                **options,
-                progress=progress,
+                a, b[0], text=text, images=image or (), **settings, progress=progress
             )
         if json:
             print_json(result.to_dict())
@@ -143,11 +161,14 @@ def compare(
             tables.show_comparison(result)
 
 
-def report(output: Written, html: Html = None, json: Json = False) -> None:
+def report(
+    output: Written, html: Html = None, scores: ScoresFile = None, json: Json = False
+) -> None:
     """Show what a conversion did, from the record in its OUTPUT.
 
     --html writes one self-contained page with drawings: layers by treatment, sizes, errors by
-    layer and kind, the worst layers, and the origin of everything.
+    layer and kind, the worst layers, and the origin of everything; with --scores also the size of
+    several outputs against their KL divergence from the dense model.
 
     \b
     Examples:
@@ -157,11 +178,15 @@ def report(output: Written, html: Html = None, json: Json = False) -> None:
     from requant.cli import tables
     from requant.reports import html as page
     from requant.reports.record_summary import read_figures
+    from requant.reports.scores import read_scores
 
     with handle_errors():
+        if scores is not None and html is None:
+            raise UsageError("--scores is drawn in a page: add --html FILE")
         figures = read_figures(output)
         if html is not None:
-            html.write_text(page.render_page(figures), "utf-8", "xmlcharrefreplace")
+            found = None if scores is None else read_scores(scores)
+            html.write_text(page.render_page(figures, found), "utf-8", "xmlcharrefreplace")
         if json:
             print_json(figures.to_dict())
         elif html is None:

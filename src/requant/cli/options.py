@@ -188,7 +188,9 @@ Begun = Annotated[Path, _argument("OUTPUT", "The folder that was given to the pa
 Verified = Annotated[Path | None, _argument("SOURCE", "The source of OUTPUT; may be left out.")]
 AgainstSource = Annotated[Path | None, _argument("OUTPUT", "Folder to check.")]
 ModelA = Annotated[Path, _argument("A", "Folder or GGUF file of the reference model.")]
-ModelB = Annotated[Path, _argument("B", "The same model in another form.")]
+ModelsB = Annotated[
+    list[Path], _argument("B...", "The same model in another form, or several of them.")
+]
 Calibrated = Annotated[Path, _argument("MODEL", "Folder, GGUF file, or org/name on the hub.")]
 Repository = Annotated[str, _argument("REPO", _REPOSITORY)]
 
@@ -214,6 +216,20 @@ MovedSource = Annotated[
     _value("--source", "SOURCE", "Where SOURCE is here, if not where the parts have found it."),
 ]
 Load = Annotated[bool, typer.Option("--load", help=_LOAD)]
+Cache = Annotated[
+    Path | None,
+    _value(
+        "--cache",
+        "FOLDER",
+        "With several outputs: keep what A predicts in this folder, and use what is there.",
+    ),
+]
+ScoresFile = Annotated[
+    Path | None,
+    _value(
+        "--scores", "FILE", "Add what `requant compare A OUTPUT... --text FILE --json` printed."
+    ),
+]
 Html = Annotated[Path | None, _value("--html", "FILE", "Write one self-contained page.")]
 Prompt = Annotated[
     str, _value("--prompt", "TEXT", "The prompt; in the chat template, if any.", short="-p")

@@ -101,13 +101,15 @@ def progress_display(quiet: bool) -> Iterator[Callable[[Progress], None] | None]
 @contextmanager
 def counting_display(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """The same for counts: yield a function of a name, the number done and the total."""
-    first: tuple[float, int] | None = None  # time and number done of the first call
+    # Time and number done of the first call, number done and total of the last.
+    first, last = (0.0, 0), (0, -1)
 
     def left_s(done: int, of: int) -> float | None:
-        nonlocal first
+        nonlocal first, last
         now = time.monotonic()
-        if first is None or done < first[1]:  # another count begins
+        if of != last[1] or done < last[0]:  # another count begins
             first = now, done
+        last = done, of
         rate = (done - first[1]) / max(now - first[0], 1e-9)
         return (of - done) / rate if rate else None
 

@@ -13,6 +13,7 @@ from requant.text import format_percent, format_seconds, format_size, join_first
 
 if TYPE_CHECKING:
     from requant.api.compare import Comparison, LayerComparison
+    from requant.api.compare_outputs import OutputScores
     from requant.api.inspect import Inspection, Stored
     from requant.api.upload import Upload
     from requant.api.verify import Verification
@@ -198,11 +199,51 @@ def _show_evaluation(page: TablePrinter, evaluation: Evaluation) -> None:
             ("perplexity of A", *cells(evaluation.perplexity_a)),
             ("perplexity of B", *cells(evaluation.perplexity_b)),
             ("KL divergence, nats", *cells(evaluation.divergence)),
+            ("median of it", *cells(evaluation.divergence_median)),
+            ("99th percentile", *cells(evaluation.divergence_p99)),
             ("same likeliest token", *cells(evaluation.same_top, 100, " %")),
         ],
         right=(1, 2),
         header=(f"{evaluation.tokens:,} tokens", "mean", "standard error"),
     )
+
+
+def show_scores(scores: OutputScores) -> None:
+    """Print a line for each output, and how far its predictions are from the dense model's."""
+    page = TablePrinter()
+    page.line(f"{scores.dense} ({format_size(scores.nbytes)})", "bold")
+    page.line()
+    rows = [
+        (
+            score.output,
+            format_size(score.nbytes),
+            f"{score.bits_per_weight:.2f}",
+            _with_error(score.evaluation.divergence, 4),
+            _with_error(score.evaluation.divergence_median, 4),
+            _with_error(score.evaluation.divergence_p99, 3),
+            f"{100 * score.evaluation.same_top.value:.2f} %",
+            _with_error(score.evaluation.gap, 4),
+        )
+        for score in scores.scores
+    ]
+    header = (
+        "output",
+        "size",
+        "bits",
+        "KL",
+        "median KL",
+        "99th percentile",
+        "same top",
+        "loss gap",
+    )
+    page.columns(rows, right=tuple(range(1, len(header))), header=header)
+    page.line()
+    tokens = scores.scores[0].evaluation.tokens
+    page.line(f"{pluralize(tokens, 'token')} of {scores.text}; nats, with standard errors")
+
+
+def _with_error(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.value:.{digits}f} +- {estimate.error:.{digits}f}"
 
 
 def show_upload(upload: Upload) -> None:

@@ -19,6 +19,7 @@ from requant.cli.options import (
     Quiet,
     ReplaceCard,
     Repository,
+    ScoresFile,
     Written,
 )
 from requant.errors import HubError
@@ -34,6 +35,7 @@ def upload(
     pull_request: PullRequest = False,
     force: ReplaceCard = False,
     preview: Preview = False,
+    scores: ScoresFile = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -53,7 +55,8 @@ def upload(
       requant upload out mlx-community/Llama-3.2-1B-4bit --pull-request
       requant upload out me/Llama-3.2-1B --branch 4bit
     """  # noqa: D301
-    settings = {"private": private, "branch": branch, "pull_request": pull_request, "force": force}
+    settings: dict[str, Any] = {"private": private, "branch": branch, "force": force}
+    settings |= {"pull_request": pull_request, "scores": scores}
     if not preview:
         send(output, repository, settings, base_model=base_model, quiet=quiet, json=json)
         return
@@ -61,7 +64,9 @@ def upload(
     from requant.cli import tables
 
     with handle_errors():
-        shown = publishing.upload(output, repository, base_model=base_model, preview=True)
+        shown = publishing.upload(
+            output, repository, base_model=base_model, preview=True, scores=scores
+        )
         if json:
             print_json(shown.to_dict())
         else:

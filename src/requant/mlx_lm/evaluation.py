@@ -23,6 +23,7 @@ from requant.text import one_line, pluralize
 
 DEFAULT_TOKENS = 8192
 DEFAULT_WINDOW = 256
+_SAMPLES = 200  # of the windows, for the error of a percentile
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,17 @@ class Estimate:
         """The mean of one number for each window; windows count as independent."""
         spread = float(windows.std(ddof=1)) / len(windows) ** 0.5
         return Estimate(float(windows.mean()), spread)
+
+    @staticmethod
+    def of_percentile(windows: Sequence[np.ndarray], percent: float) -> Estimate:
+        """A percentile of a number for each token, ``(tokens,)`` a window.
+
+        The error is the spread over samples of the windows, drawn with replacement.
+        """
+        draws = np.random.default_rng(0).integers(0, len(windows), (_SAMPLES, len(windows)))
+        samples = (np.concatenate([windows[number] for number in drawn]) for drawn in draws)
+        spread = np.std([np.percentile(sample, percent) for sample in samples])
+        return Estimate(float(np.percentile(np.concatenate(windows), percent)), float(spread))
 
     def raised(self) -> Estimate:
         """The exponential: the perplexity of a loss, with its error to first order."""
@@ -82,6 +94,8 @@ class Evaluation:
         perplexity_b: The same of B.
         divergence: Mean Kullback-Leibler divergence of B's next-token distribution from A's,
             in nats: the sum over tokens of ``p_A * (log p_A - log p_B)``.
+        divergence_median: The median of it over the predicted tokens.
+        divergence_p99: The 99th percentile of it.
         same_top: Share of tokens for which both predict the same token as most likely.
     """
 
@@ -93,6 +107,8 @@ class Evaluation:
     perplexity_a: Estimate
     perplexity_b: Estimate
     divergence: Estimate
+    divergence_median: Estimate
+    divergence_p99: Estimate
     same_top: Estimate
 
 
@@ -141,59 +157,76 @@ def as_backend_errors() -> Iterator[None]:
 
 def losses(model: Any, ids: np.ndarray) -> np.ndarray:
     """Mean next-token loss of each window of ``ids``, in nats: ``(windows,)``."""
-    return np.array([_loss(_log_probabilities(model, row), row[1:]) for row in ids])
+    return np.array([_loss(log_probabilities(model, row), row[1:]) for row in ids])
 
 
 def evaluate(
     model_a: Any,
     model_b: Any,
-    ids: np.ndarray,
+    windows: Sequence[np.ndarray | Prompt],
     progress: Callable[[int, int], None] | None = None,
-    prompts: Sequence[Prompt] = (),
 ) -> Evaluation:
     """Compare two models on windows of token ids, and on prompts about images.
 
     Args:
         model_a: The reference model.
         model_b: The other model, with the same vocabulary.
-        ids: ``(windows, window)``, at least two of each.
+        windows: At least two: token ids ``(window,)``, at least two each, or prompts; the models
+            take the ``inputs`` of a prompt after its ids.
         progress: Called with windows done and windows in all.
-        prompts: Each is one more window; the models take its ``inputs`` after the ids.
 
     Raises:
         UsageError: The models predict different numbers of tokens.
         BackendError: MLX cannot run one of them on this machine.
     """
+    return evaluate_against(
+        lambda n: log_probabilities(model_a, windows[n]), model_b, windows, progress
+    )
+
+
+def evaluate_against(
+    reference: Callable[[int], Any],
+    model_b: Any,
+    windows: Sequence[np.ndarray | Prompt],
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """The same with what the reference model predicts in place of itself.
+
+    ``reference`` gives ``log_probabilities`` of A for the number of a window.
+
+    Raises:
+        UsageError, BackendError: As ``evaluate``.
+    """
     import mlx.core as mx
 
-    windows: list[np.ndarray | Prompt] = [*ids, *prompts]
-    results = np.empty((len(windows), 4))
-    tokens = 0
+    means = np.empty((len(windows), 3))
+    divergences: list[np.ndarray] = []
     for number, window in enumerate(windows):
-        a, b = _log_probabilities(model_a, window), _log_probabilities(model_b, window)
+        a, b = reference(number), log_probabilities(model_b, window)
         if a.shape != b.shape:
             raise UsageError(
                 f"vocabularies differ: {a.shape[-1]:,} and {b.shape[-1]:,} tokens; "
                 "compare --text is for two forms of one model"
             )
         following = _following(window)
-        tokens += len(following)
-        divergence = float((mx.exp(a) * (a - b)).sum(-1).mean())
+        divergences.append(np.array((mx.exp(a) * (a - b)).sum(-1)))
         same = float((a.argmax(-1) == b.argmax(-1)).astype(mx.float32).mean())
-        results[number] = _loss(a, following), _loss(b, following), divergence, same
+        means[number] = _loss(a, following), _loss(b, following), same
         if progress is not None:
             progress(number + 1, len(windows))
-    loss_a, loss_b = Estimate.of(results[:, 0]), Estimate.of(results[:, 1])
+    loss_a, loss_b = Estimate.of(means[:, 0]), Estimate.of(means[:, 1])
     return Evaluation(
-        tokens=tokens,
+        tokens=sum(map(len, divergences)),
         windows=len(windows),
         loss_a=loss_a,
         loss_b=loss_b,
-        gap=Estimate.of(results[:, 1] - results[:, 0]),
+        gap=Estimate.of(means[:, 1] - means[:, 0]),
         perplexity_a=loss_a.raised(),
         perplexity_b=loss_b.raised(),
-        divergence=Estimate.of(results[:, 2]),
-        same_top=Estimate.of(results[:, 3]),
+        divergence=Estimate.of(np.array([x.mean() for x in divergences])),
+        divergence_median=Estimate.of_percentile(divergences, 50),
+        divergence_p99=Estimate.of_percentile(divergences, 99),
+        same_top=Estimate.of(means[:, 2]),
     )
 
 
@@ -202,8 +235,12 @@ def _following(window: np.ndarray | Prompt) -> np.ndarray:
     return window.ids[1:][window.is_text[1:]] if isinstance(window, Prompt) else window[1:]
 
 
-def _log_probabilities(model: Any, window: np.ndarray | Prompt) -> Any:
-    """Float32 ``(tokens, vocabulary)`` for the tokens that are predicted."""
+def log_probabilities(model: Any, window: np.ndarray | Prompt) -> Any:
+    """Float32 ``(tokens, vocabulary)`` for the tokens of a window that are predicted.
+
+    Raises:
+        BackendError: MLX cannot run the model on this machine.
+    """
     import mlx.core as mx
 
     with as_backend_errors(), blas_products():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from requant.reports.record_summary import Figures, LayerSummary
+from requant.reports.scores import Scores, section
 from requant.text import format_percent, format_size
 
 _WIDTH = 760
@@ -48,11 +49,12 @@ def _share(share: float | None) -> _Number:
     return _Number(share, format_percent(share))
 
 
-def render_page(figures: Figures) -> str:
+def render_page(figures: Figures, scores: Scores | None = None) -> str:
     """The whole page, HTML in UTF-8.
 
     Args:
         figures: What ``read_figures`` gave; names in it may be anything.
+        scores: Outputs against their dense model, what ``read_scores`` gave.
     """
     own = files("requant.reports") / "assets"
     style, script = ((own / name).read_text("utf-8") for name in ("page.css", "page.js"))
@@ -77,6 +79,7 @@ def render_page(figures: Figures) -> str:
 {_bits(figures)}
 {_sizes(figures)}
 {_errors(figures)}
+{section(scores) if scores is not None else ""}
 {_all_layers(figures.layers)}
 {_provenance(figures)}
 </main>

@@ -10,6 +10,7 @@ from requant.planning.plan import Treatment
 from requant.reports.front_matter import FrontMatter
 from requant.reports.library_usage import LIBRARIES, generates_text, task_of, usage
 from requant.reports.record_summary import Figures
+from requant.reports.scores import Scores, markdown
 from requant.sources.hub_repository import CARD, Repository
 from requant.text import join_first
 
@@ -30,7 +31,11 @@ def source_card(folder: Path, figures: Figures) -> str:
 
 
 def model_card(
-    figures: Figures, repository: str, base_model: str | None, source: FrontMatter
+    figures: Figures,
+    repository: str,
+    base_model: str | None,
+    source: FrontMatter,
+    scores: Scores | None = None,
 ) -> str:
     """The card as Markdown: origin, how to run, command, quantization error, how to check.
 
@@ -39,6 +44,7 @@ def model_card(
         repository: ``org/name`` that it is for.
         base_model: Id of the source on the hub; None takes that of the record.
         source: Metadata of the source's card; all of them are kept.
+        scores: The output, and others, against the dense model.
     """
     known = figures.repository[0].partition(":")[0] if figures.repository else None
     base = base_model or known
@@ -77,7 +83,7 @@ def model_card(
 
 {_statistics(figures)}{_table(figures)}
 {_errors(figures)}
-## How to check it
+{_quality(scores)}## How to check it
 
 `requant.json` holds the SHA-256 of every tensor. `requant verify` compares them, and with the
 source at hand repeats the conversion and compares every byte:
@@ -141,6 +147,10 @@ def _statistics(figures: Figures) -> str:
         f"{weighted_by}: `{name}` holds these statistics. It is not in this repository; making and "
         "checking the model again takes the same file.\n\n"
     )
+
+
+def _quality(scores: Scores | None) -> str:
+    return "" if scores is None else f"## Quality\n\n{markdown(scores)}\n"
 
 
 def _errors(figures: Figures) -> str:
