@@ -148,34 +148,39 @@ def _dequantize(
 def _quantize(
     chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: WorkerBuffers, stats: LayerStats
 ) -> LayerStats:
-    """Encode, and measure the quantization error while the chunk is in the cache."""
+    """Encode, and measure the quantization error while the values are in the cache."""
     step, params = chunk.step, chunk.step.encode
     assert params is not None, f"{step.operation} without EncodeParams"
-    target = params.target
-    stats.nonfinite = values.count_nonfinite(dense)
-    if stats.nonfinite:
-        stats.first_nonfinite_row = values.first_nonfinite_row(dense)
-        return stats
-    rows, scales = dense.shape[0], outputs["scales"]
+    target, error = params.target, native.EncodingError()
+    search = None if params.search == "off" else params.search
+    if params.gptq or search:  # others count while they encode
+        stats.nonfinite = values.count_nonfinite(dense)
+        if stats.nonfinite:
+            stats.first_nonfinite_row = values.first_nonfinite_row(dense)
+            return stats
     for first, last, matrix in matrix_runs(chunk):
         part = {role: array[first:last] for role, array in outputs.items()}
-        rows_of_matrix = dense[first:last]
-        if params.gptq and _quantize_gptq(params, rows_of_matrix, part, matrix, buffers.hessians):
-            continue
-        stats.flushed_groups += native.quantize_into(
-            rows_of_matrix,
-            target,
-            QuantizedTensors.from_roles(part),
-            search=None if params.search == "off" else params.search,
-            weights=None if params.importance is None else params.importance.weights(matrix),
-        )
-    decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)
-    _dequantize(target, outputs, decoded, buffers)
-    group_max = buffers.take("group_max", "F32", rows, 4 * scales.shape[1])
-    stats.squared_error, stats.squared_values, stats.max_error_steps = values.encoding_error(
-        dense, decoded, scales, target.mode.value, group_max
-    )
+        tensors, rows = QuantizedTensors.from_roles(part), dense[first:last]
+        if params.gptq and _quantize_gptq(params, rows, part, matrix, buffers.hessians):
+            native.measure(rows, target, tensors, error)
+        elif search is None:
+            native.quantize_measured(rows, target, tensors, error)
+        else:
+            weights = None if params.importance is None else params.importance.weights(matrix)
+            stats.flushed_groups += native.quantize_into(
+                rows, target, tensors, search=search, weights=weights
+            )
+            native.measure(rows, target, tensors, error)
+    if error.nonfinite:
+        stats.nonfinite = error.nonfinite
+        stats.first_nonfinite_row = error.first_nonfinite // dense.shape[1]
+        return stats
+    stats.flushed_groups += error.flushed_groups
+    stats.squared_error, stats.squared_values = error.squared_error, error.squared_values
+    stats.max_error_steps = error.max_error_steps
     if params.weighted_error and params.importance is not None:
+        decoded = buffers.take("decoded", step.dtype, len(dense), dense.nbytes // len(dense))
+        _dequantize(target, outputs, decoded, buffers)
         weighted = _weighted_error(chunk, params.importance, dense, decoded)
         stats.squared_error, stats.squared_values = weighted
     return stats
