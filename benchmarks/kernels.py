@@ -3,24 +3,31 @@
     python benchmarks/kernels.py                       bf16, 4096 x 14336, one thread and two
     python benchmarks/kernels.py --dtype float32 --modes affine:3:64 mxfp8
     python benchmarks/kernels.py --isa avx2            another build of the kernels
+    python benchmarks/kernels.py --against OLD.so --shape 16x4096 --runs 41   in cache
 
 A mode is affine:BITS:GROUP or a name. Runs alternate between the contenders, and medians
-are printed. MLX runs on its CPU backend, which uses one thread for these operations.
+are printed. MLX runs on its CPU backend, which uses one thread for these operations. With
+--against, the compiled module of another version, the kernels of both are timed in turns, in
+processor time of one thread, and what a conversion does with a chunk: the values are checked,
+encoded, and the error is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from types import ModuleType
 
 import ml_dtypes
 import numpy as np
 
 from requant.kernels import _native
+from requant.kernels import cast as values
 from requant.kernels import quantize as native
 from requant.kernels.quantize import QuantizedTensors
 from requant.quantization.config import Quantization
@@ -65,14 +72,71 @@ def by_chunks(call: Callable[[slice], object], rows: int, threads: int) -> None:
         other.join()
 
 
-def measure(mode: str, w: np.ndarray, runs: int, with_mlx: bool) -> tuple[str, ...]:
-    """One line of the table."""
+def load_module(path: str) -> ModuleType:
+    """Another build of the kernels' module."""
+    spec = importlib.util.spec_from_file_location("requant.kernels._native", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cpu_seconds(module: ModuleType, call: Callable[[], object]) -> float:
+    """Seconds of this thread's processor time that a call takes with the kernels of a module."""
+    here = native._native, values._native
+    native._native = values._native = module
+    try:
+        call()
+        began = time.thread_time()
+        call()
+        return time.thread_time() - began
+    finally:
+        native._native, values._native = here
+
+
+def quantization_of(mode: str) -> Quantization:
+    """The quantization that a mode's name stands for."""
     name, _, rest = mode.partition(":")
     if name == "affine":
         bits, group_size = (int(part) for part in rest.split(":"))
     else:
         bits, group_size = FLOAT_MODES[name]
-    quantization = Quantization(group_size, bits, name)
+    return Quantization(group_size, bits, name)
+
+
+def compare(mode: str, w: np.ndarray, runs: int, other: ModuleType) -> tuple[str, ...]:
+    """One line of the table of two versions: both speeds and their ratio, three times."""
+    quantization = quantization_of(mode)
+    out, decoded = native.quantize(w, quantization), np.empty_like(w)
+    group_max = np.empty(out.scales.shape, np.float32)
+
+    def encode() -> None:
+        native.quantize_into(w, quantization, out)
+
+    def decode() -> None:
+        native.dequantize_into(out, quantization, decoded)
+
+    def in_passes() -> None:
+        values.count_nonfinite(w)
+        encode()
+        decode()
+        values.encoding_error(w, decoded, out.scales, quantization.mode.value, group_max)
+
+    def at_once() -> None:
+        native.quantize_measured(w, quantization, out, native.EncodingError())
+
+    cells = [mode]
+    for before, now in ((encode, encode), (decode, decode), (in_passes, at_once)):
+        seconds = [(cpu_seconds(other, before), cpu_seconds(_native, now)) for _ in range(runs)]
+        old, new = (w.nbytes / statistics.median(took) / 1e9 for took in zip(*seconds, strict=True))
+        cells += [f"{old:.2f}", f"{new:.2f}", f"{new / old:.2f}"]
+    return tuple(cells)
+
+
+def measure(mode: str, w: np.ndarray, runs: int, with_mlx: bool) -> tuple[str, ...]:
+    """One line of the table."""
+    quantization = quantization_of(mode)
+    bits, group_size, name = quantization.bits, quantization.group_size, quantization.mode.value
     tensors = native.quantize(w, quantization)
     out = np.empty_like(w)
     rows = len(w)
@@ -123,6 +187,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=_native.available_isas())
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--skip-mlx", action="store_true")
+    parser.add_argument("--against", metavar="OLD.so", help="the module of another version")
     args = parser.parse_args()
     if args.isa:
         _native.set_isa(args.isa)
@@ -131,6 +196,19 @@ def main() -> None:
     dtype = ml_dtypes.bfloat16 if args.dtype == "bfloat16" else args.dtype
     w = values.astype(dtype)
     print(f"{args.dtype} {args.shape}, kernels for {_native.isa()}, GB/s of dense values")
+    if args.against:
+        other = load_module(args.against)
+        other.set_isa(_native.isa())
+        heads = [
+            f"{what} {word}" for what in ("enc", "dec", "chunk") for word in ("old", "new", "x")
+        ]
+        print(
+            "".join(f"{cell:>11}" if n else f"{cell:12}" for n, cell in enumerate(["mode", *heads]))
+        )
+        for mode in args.modes:
+            line = compare(mode, w, args.runs, other)
+            print("".join(f"{c:>11}" if n else f"{c:12}" for n, c in enumerate(line)), flush=True)
+        return
     head = ("mode", "copy", "encode", "x2", "mlx", "ratio", "decode", "x2", "mlx", "ratio")
     print("".join(f"{cell:>9}" if n else f"{cell:12}" for n, cell in enumerate(head)))
     for mode in args.modes:

@@ -78,6 +78,8 @@ struct BF16 {
   static constexpr Key kExponentStep = 0x0080;
   static constexpr int kMinExponent = -126;
   static constexpr int kMantissa = 7, kBias = 127;
+  static constexpr float kLeastNormal = 0x1p-126f;
+  static constexpr float kBelowInfinity = 0x1p127f;  // what is less rounds to less than infinity
   static constexpr bool kUnsignedNan = true;
 
   static REQUANT_INLINE float load(Stored u) { return float_of(uint32_t(u) << 16); }
@@ -106,6 +108,8 @@ struct F16 {
   static constexpr Key kExponentStep = 0x0400;
   static constexpr int kMinExponent = -14;
   static constexpr int kMantissa = 10, kBias = 15;
+  static constexpr float kLeastNormal = 0x1p-14f;
+  static constexpr float kBelowInfinity = 65504.0f;
   static constexpr bool kUnsignedNan = false;
 
   static REQUANT_INLINE float load(Stored h) {

@@ -8,6 +8,7 @@
 #include "decode.h"
 #include "gguf.h"
 #include "gptq.h"
+#include "measure.h"
 #include "minifloat.h"
 #include "pack.h"
 #include "repack.h"
@@ -21,11 +22,14 @@ using requant::Affine;
 using requant::AffineTensors;
 using requant::Bitfield;
 using requant::ConstAffineTensors;
+using requant::ConstEncoded;
 using requant::ConstFloatTensors;
 using requant::ConstMatrix;
 using requant::ConstValues;
 using requant::Dtype;
 using requant::Elements;
+using requant::Encoded;
+using requant::EncodingError;
 using requant::Float8Blocks;
 using requant::FloatTensors;
 using requant::GgufBlocks;
@@ -33,10 +37,12 @@ using requant::GptqGroup;
 using requant::IntegerCodes;
 using requant::LutBlocks;
 using requant::Matrix;
+using requant::Mode;
 using requant::PackedColumns;
 using requant::PackedRows;
 using requant::Search;
 using requant::SpacedRows;
+using requant::Target;
 using requant::Values;
 
 template <class T>
@@ -175,6 +181,30 @@ void nvfp4_search_dispatch(ConstMatrix w, const float* global_scale, Search sear
           w.data, groups, per_row, search.weights, search.best, out.words, out.scales, global_scale);
     });
   });
+}
+
+template <bool ENCODE>
+void measure_dispatch(ConstMatrix w, Target target, Encoded codes, EncodingError& error) {
+  const size_t groups = w.rows * (w.cols / target.group_size);
+  with_dtype(w.dtype, [&](auto t) {
+    using T = typename decltype(t)::Type;
+    if (target.mode == Mode::Nvfp4) return measure_nvfp4<T, ENCODE>(w.data, groups, codes, error);
+    if (target.mode == Mode::Mx)
+      return target.bits == 4 ? measure_mx<T, 4, ENCODE>(w.data, groups, codes, error)
+                              : measure_mx<T, 8, ENCODE>(w.data, groups, codes, error);
+    switch (target.group_size) {
+      case 32: return measure_affine<T, 32, ENCODE>(w.data, groups, target.bits, codes, error);
+      case 64: return measure_affine<T, 64, ENCODE>(w.data, groups, target.bits, codes, error);
+      case 128: return measure_affine<T, 128, ENCODE>(w.data, groups, target.bits, codes, error);
+    }
+  });
+}
+
+void measure_codes_dispatch(ConstMatrix w, Target target, ConstEncoded codes, EncodingError& error) {
+  // Nothing is written without ENCODE.
+  const Encoded same = {const_cast<uint32_t*>(codes.words), const_cast<void*>(codes.scales),
+                        const_cast<void*>(codes.biases)};
+  measure_dispatch<false>(w, target, same, error);
 }
 
 void gptq_group_dispatch(const GptqGroup& g) {
@@ -330,17 +360,18 @@ namespace requant {
 
 extern const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA);
 const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
-    REQUANT_TEXT(REQUANT_ISA), affine_quantize_dispatch, affine_dequantize_dispatch,
-    mx_quantize_dispatch,      mx_dequantize_dispatch,   nvfp4_quantize_dispatch,
-    nvfp4_dequantize_dispatch, affine_search_dispatch,   mx_search_dispatch,
-    nvfp4_search_dispatch,     gptq_group_dispatch,      pack_words_dispatch,
-    unpack_words_dispatch,     cast_dispatch,            count_nonfinite_dispatch,
-    first_nonfinite_dispatch,  group_errors_dispatch,    transpose_dispatch,
-    stream_columns_dispatch,   planar_columns_dispatch,  marlin_words,
-    awq_gemv_fast_words,       stream_codes_dispatch,    extract_bitfield_dispatch,
-    deinterleave_words,        integer_values_dispatch,  float8_values_dispatch,
-    lut_values_dispatch,       gguf_block_dispatch,      gguf_affine_dispatch,
-    gguf_fp4_dispatch,         gguf_values_dispatch,
+    REQUANT_TEXT(REQUANT_ISA),  affine_quantize_dispatch,   affine_dequantize_dispatch,
+    mx_quantize_dispatch,       mx_dequantize_dispatch,     nvfp4_quantize_dispatch,
+    nvfp4_dequantize_dispatch,  affine_search_dispatch,     mx_search_dispatch,
+    nvfp4_search_dispatch,      measure_dispatch<true>,     measure_codes_dispatch,
+    total_errors,               gptq_group_dispatch,        pack_words_dispatch,        unpack_words_dispatch,
+    cast_dispatch,              count_nonfinite_dispatch,   first_nonfinite_dispatch,
+    group_errors_dispatch,      transpose_dispatch,         stream_columns_dispatch,
+    planar_columns_dispatch,    marlin_words,               awq_gemv_fast_words,
+    stream_codes_dispatch,      extract_bitfield_dispatch,  deinterleave_words,
+    integer_values_dispatch,    float8_values_dispatch,     lut_values_dispatch,
+    gguf_block_dispatch,        gguf_affine_dispatch,       gguf_fp4_dispatch,
+    gguf_values_dispatch,
 };
 
 }  // namespace requant

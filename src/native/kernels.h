@@ -75,6 +75,43 @@ struct Search {
   bool best;
 };
 
+// Any mode of MLX, without a global scale. Mx: bits 4 is mxfp4, bits 8 mxfp8.
+enum class Mode { Affine, Mx, Nvfp4 };
+struct Target {
+  Mode mode;
+  int group_size, bits;
+};
+
+// The tensors of a layer in any mode. Scales: bytes, but of the dtype of the weights in mode affine, as the
+// biases, which other modes do not have.
+struct Encoded {
+  uint32_t* words;
+  void* scales;
+  void* biases;
+};
+struct ConstEncoded {
+  const uint32_t* words;
+  const void* scales;
+  const void* biases;
+};
+
+// Squares of errors and of values, in 16 lanes: lane k has the values k, k + 16, ... of each group, added up in
+// float32, and over groups in float64. Groups that are added in order give the same sums, however
+// many calls add them. Starts as {}.
+struct ErrorSums {
+  double error[16], norm[16];
+};
+
+// What was found while the rows of a matrix were encoded: added to by each call. Starts as {}.
+struct EncodingError {
+  ErrorSums sums;          // without a meaning if a value is not finite
+  float max_steps;         // the largest error in units of its group's scale
+  size_t values;           // seen so far
+  size_t nonfinite;        // of these, NaN or infinite
+  size_t first_nonfinite;  // its number among the values, if there is one
+  size_t flushed;          // groups too small for E8M0
+};
+
 // The columns [start, start + size) of a layer whose columns are encoded one by one (gptq.h); size
 // is a multiple of 4.
 struct GptqGroup {
@@ -172,6 +209,15 @@ struct Kernels {
   void (*affine_search)(ConstMatrix w, Affine mode, Search search, AffineTensors out);
   size_t (*mx_search)(ConstMatrix w, int bits, Search search, FloatTensors out);
   void (*nvfp4_search)(ConstMatrix w, const float* global_scale, Search search, FloatTensors out);
+
+  // Any of the modes by *_quantize, and the error of the codes, while a block of them is in the cache. Codes
+  // have no meaning if a value is not finite.
+  void (*quantize_measured)(ConstMatrix w, Target target, Encoded out, EncodingError& error);
+  // The error of codes that exist.
+  void (*measure)(ConstMatrix w, Target target, ConstEncoded codes, EncodingError& error);
+
+  // The lanes added up in order: squares of errors, and of values.
+  void (*total_errors)(const ErrorSums& sums, double* out);
 
   // Codes of a group's columns; the error of each is propagated to the columns after it.
   void (*gptq_group)(const GptqGroup& group);

@@ -38,6 +38,48 @@ REQUANT_INLINE uint64_t spread(uint64_t x) {
   return x;
 }
 
+// Eight packed codes, the low 8 * BITS bits of an integer, to and from BITS bytes.
+template <int BITS>
+REQUANT_INLINE void store_eights(const uint64_t* REQUANT_RESTRICT x, size_t eights, uint8_t* REQUANT_RESTRICT out) {
+  if constexpr (BITS == 1) {
+    for (size_t j = 0; j < eights; j++) out[j] = uint8_t(x[j]);
+  } else if constexpr (BITS == 2 || BITS == 4) {
+    for (size_t j = 0; j < eights; j++) {
+      if constexpr (BITS == 2) {
+        const auto word = uint16_t(x[j]);
+        std::memcpy(out + j * BITS, &word, BITS);
+      } else {
+        const auto word = uint32_t(x[j]);
+        std::memcpy(out + j * BITS, &word, BITS);
+      }
+    }
+  } else {
+    // Whole words that the next one overlaps, but for the last, which would overrun.
+    size_t j = 0;
+    for (; (j + 1) * BITS + 8 <= eights * BITS; j++) std::memcpy(out + j * BITS, &x[j], 8);
+    for (; j < eights; j++) std::memcpy(out + j * BITS, &x[j], BITS);
+  }
+}
+
+template <int BITS>
+REQUANT_INLINE void load_eights(const uint8_t* REQUANT_RESTRICT in, size_t eights, uint64_t* REQUANT_RESTRICT x) {
+  if constexpr (BITS == 1) {
+    for (size_t j = 0; j < eights; j++) x[j] = in[j];
+  } else if constexpr (BITS == 2 || BITS == 4) {
+    for (size_t j = 0; j < eights; j++) {
+      x[j] = 0;
+      std::memcpy(&x[j], in + j * BITS, BITS);
+    }
+  } else {
+    size_t j = 0;
+    for (; j * BITS + 8 <= eights * BITS; j++) std::memcpy(&x[j], in + j * BITS, 8);
+    for (; j < eights; j++) {
+      x[j] = 0;
+      std::memcpy(&x[j], in + j * BITS, BITS);
+    }
+  }
+}
+
 // count is a multiple of 32; reads count bytes, writes count * BITS / 8 bytes.
 template <int BITS>
 void pack_codes(const uint8_t* REQUANT_RESTRICT codes, size_t count, uint8_t* REQUANT_RESTRICT out) {
@@ -58,14 +100,7 @@ void pack_codes(const uint8_t* REQUANT_RESTRICT codes, size_t count, uint8_t* RE
     alignas(64) uint64_t x[kEights];
     std::memcpy(x, codes + i, 8 * eights);
     for (size_t j = 0; j < eights; j++) x[j] = squeeze<BITS>(x[j]);
-    if constexpr (BITS == 1) {
-      for (size_t j = 0; j < eights; j++) out[j] = uint8_t(x[j]);
-    } else {
-      // Whole words that the next one overlaps, but for the last, which would overrun.
-      size_t j = 0;
-      for (; (j + 1) * BITS + 8 <= eights * BITS; j++) std::memcpy(out + j * BITS, &x[j], 8);
-      for (; j < eights; j++) std::memcpy(out + j * BITS, &x[j], BITS);
-    }
+    store_eights<BITS>(x, eights, out);
     out += eights * BITS;
   }
 }
@@ -86,46 +121,45 @@ void unpack_codes(const uint8_t* REQUANT_RESTRICT in, size_t count, uint8_t* REQ
   for (size_t i = 0; i < count; i += 8 * kEights) {
     const size_t eights = count - i < 8 * kEights ? (count - i) / 8 : kEights;
     alignas(64) uint64_t x[kEights];
-    if constexpr (BITS == 1) {
-      for (size_t j = 0; j < eights; j++) x[j] = in[j];
-    } else {
-      size_t j = 0;
-      for (; j * BITS + 8 <= eights * BITS; j++) std::memcpy(&x[j], in + j * BITS, 8);
-      for (; j < eights; j++) {
-        x[j] = 0;
-        std::memcpy(&x[j], in + j * BITS, BITS);
-      }
-    }
+    load_eights<BITS>(in, eights, x);
     for (size_t j = 0; j < eights; j++) x[j] = spread<BITS>(x[j]);
     std::memcpy(codes + i, x, 8 * eights);
     in += eights * BITS;
   }
 }
 
-REQUANT_INLINE void pack_codes(int bits, const uint8_t* codes, size_t count, uint8_t* out) {
+template <int BITS>
+REQUANT_INLINE void squeeze_eights(const uint8_t* codes, size_t eights, uint64_t* REQUANT_RESTRICT x) {
+  std::memcpy(x, codes, 8 * eights);
+  for (size_t j = 0; j < eights; j++) x[j] = squeeze<BITS>(x[j]);
+}
+
+template <int BITS>
+struct Bits {
+  static constexpr int value = BITS;
+};
+
+// call(Bits<bits>()), bits 1 to 8.
+template <class Call>
+REQUANT_INLINE void with_bits(int bits, Call call) {
   switch (bits) {
-    case 1: return pack_codes<1>(codes, count, out);
-    case 2: return pack_codes<2>(codes, count, out);
-    case 3: return pack_codes<3>(codes, count, out);
-    case 4: return pack_codes<4>(codes, count, out);
-    case 5: return pack_codes<5>(codes, count, out);
-    case 6: return pack_codes<6>(codes, count, out);
-    case 7: return pack_codes<7>(codes, count, out);
-    case 8: return pack_codes<8>(codes, count, out);
+    case 1: return call(Bits<1>());
+    case 2: return call(Bits<2>());
+    case 3: return call(Bits<3>());
+    case 4: return call(Bits<4>());
+    case 5: return call(Bits<5>());
+    case 6: return call(Bits<6>());
+    case 7: return call(Bits<7>());
+    case 8: return call(Bits<8>());
   }
 }
 
+REQUANT_INLINE void pack_codes(int bits, const uint8_t* codes, size_t count, uint8_t* out) {
+  with_bits(bits, [&](auto b) { pack_codes<decltype(b)::value>(codes, count, out); });
+}
+
 REQUANT_INLINE void unpack_codes(int bits, const uint8_t* in, size_t count, uint8_t* codes) {
-  switch (bits) {
-    case 1: return unpack_codes<1>(in, count, codes);
-    case 2: return unpack_codes<2>(in, count, codes);
-    case 3: return unpack_codes<3>(in, count, codes);
-    case 4: return unpack_codes<4>(in, count, codes);
-    case 5: return unpack_codes<5>(in, count, codes);
-    case 6: return unpack_codes<6>(in, count, codes);
-    case 7: return unpack_codes<7>(in, count, codes);
-    case 8: return unpack_codes<8>(in, count, codes);
-  }
+  with_bits(bits, [&](auto b) { unpack_codes<decltype(b)::value>(in, count, codes); });
 }
 
 }  // namespace

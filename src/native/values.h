@@ -3,6 +3,8 @@
 #pragma once
 
 #include "floats.h"
+#include "kernels.h"
+#include "lanes.h"
 
 namespace {
 
@@ -55,39 +57,93 @@ ptrdiff_t first_nonfinite(const void* w_, size_t count) {
   return -1;
 }
 
+// ---------------------------------------------------------------- errors
 
-// Errors of b against a, group by group: the largest |a - b| of each group goes to
-// group_max, the sums of (a - b)^2 and of a^2 to out. Sums run in lanes of a fixed order.
-template <class A, class B, size_t group_size>
-void group_errors(const void* a_, const void* b_, size_t count, float* group_max, double* out) {
-  constexpr size_t lanes = 16;
-  static_assert(group_size % lanes == 0, "a group is a whole number of lanes");
-  const auto* a = static_cast<const typename A::Stored*>(a_);
-  const auto* b = static_cast<const typename B::Stored*>(b_);
-  double error[lanes] = {}, norm[lanes] = {};
-  for (size_t start = 0; start < count; start += group_size) {
-    float e[lanes] = {}, n[lanes] = {}, most[lanes] = {};
-    for (size_t i = 0; i < group_size; i += lanes)
-      for (size_t k = 0; k < lanes; k++) {
-        const float x = A::load(a[start + i + k]), d = x - B::load(b[start + i + k]);
-        const float abs = float_of(bits_of(d) & kAbs32);
-        e[k] += d * d;
-        n[k] += x * x;
-        most[k] = abs > most[k] ? abs : most[k];
-      }
-    for (size_t k = 0; k < lanes; k++) {
-      error[k] += double(e[k]);
-      norm[k] += double(n[k]);
-    }
-    for (size_t half = lanes / 2; half > 0; half /= 2)
-      for (size_t k = 0; k < half; k++) most[k] = most[k + half] > most[k] ? most[k + half] : most[k];
-    group_max[start / group_size] = most[0];
-  }
+void total_errors(const requant::ErrorSums& sums, double* out) {
   out[0] = out[1] = 0.0;
-  for (size_t k = 0; k < lanes; k++) {
-    out[0] += error[k];
-    out[1] += norm[k];
+  for (int k = 0; k < 16; k++) {
+    out[0] += sums.error[k];
+    out[1] += sums.norm[k];
   }
+}
+
+// Sixteen neighbouring values in any order, the same for both operands.
+constexpr int kParts = 16 / kLanes;
+
+template <class T, bool PAIRED>
+REQUANT_INLINE void load_sixteen(const typename T::Stored* from, Lanes* out) {
+  if constexpr (PAIRED) {
+    for (int p = 0; p < kParts; p += 2) {
+      const Pair pair = load_pair<T>(from + p * kLanes);
+      out[p] = pair.even;
+      out[p + 1] = pair.odd;
+    }
+  } else {
+    for (int p = 0; p < kParts; p++) out[p] = load_stored<T>(from + p * kLanes);
+  }
+}
+
+REQUANT_INLINE float largest_lane(Lanes x) {
+  alignas(64) float of[kLanes];
+  store_lanes(of, x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; l++) of[l] = of[l + half] > of[l] ? of[l + half] : of[l];
+  return of[0];
+}
+
+// Errors of b against a, group by group: the largest |a - b| of each group goes to group_max, the squares of
+// a - b and of a to sums.
+template <class A, class B, size_t group_size>
+void add_group_errors(const typename A::Stored* REQUANT_RESTRICT a, const typename B::Stored* REQUANT_RESTRICT b,
+                      size_t groups, float* REQUANT_RESTRICT group_max, requant::ErrorSums& sums) {
+  static_assert(group_size % 16 == 0, "a group is a whole number of lanes");
+  constexpr bool paired = kParts > 1 && sizeof(*a) == 2 && sizeof(*b) == 2;
+  alignas(64) double error[16] = {}, norm[16] = {};  // in the order of load_sixteen
+  const auto lane = [](int i) {
+    const int p = i / kLanes, l = i % kLanes;
+    return paired ? p / 2 * 2 * kLanes + 2 * l + p % 2 : i;
+  };
+  for (int i = 0; i < 16; i++) {
+    error[i] = sums.error[lane(i)];
+    norm[i] = sums.norm[lane(i)];
+  }
+  for (size_t g = 0; g < groups; g++, a += group_size, b += group_size) {
+    Lanes e[kParts] = {}, n[kParts] = {}, most[kParts] = {};
+    for (size_t i = 0; i < group_size; i += 16) {
+      Lanes x[kParts], y[kParts];
+      load_sixteen<A, paired>(a + i, x);
+      load_sixteen<B, paired>(b + i, y);
+      for (int p = 0; p < kParts; p++) {
+        const Lanes d = x[p] - y[p];
+        e[p] += d * d;
+        n[p] += x[p] * x[p];
+        most[p] = max(abs(d), most[p]);
+      }
+    }
+    alignas(64) float es[16], ns[16];
+    for (int p = 0; p < kParts; p++) {
+      store_lanes(es + p * kLanes, e[p]);
+      store_lanes(ns + p * kLanes, n[p]);
+    }
+    for (int i = 0; i < 16; i++) {
+      error[i] += double(es[i]);
+      norm[i] += double(ns[i]);
+    }
+    for (int p = 1; p < kParts; p++) most[0] = max(most[p], most[0]);
+    group_max[g] = largest_lane(most[0]);
+  }
+  for (int i = 0; i < 16; i++) {
+    sums.error[lane(i)] = error[i];
+    sums.norm[lane(i)] = norm[i];
+  }
+}
+
+template <class A, class B, size_t group_size>
+void group_errors(const void* a, const void* b, size_t count, float* group_max, double* out) {
+  requant::ErrorSums sums = {};
+  add_group_errors<A, B, group_size>(static_cast<const typename A::Stored*>(a),
+                                     static_cast<const typename B::Stored*>(b), count / group_size, group_max, sums);
+  total_errors(sums, out);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ namespace requant::bindings {
 
 void init_quantize(nb::module_& m);
 void init_search(nb::module_& m);
+void init_measure(nb::module_& m);
 void init_gptq(nb::module_& m);
 void init_values(nb::module_& m);
 void init_repack(nb::module_& m);
@@ -48,6 +49,7 @@ NB_MODULE(_native, m) {
       "as bits, uint16 or uint32, with a dtype name: \"F32\", \"F16\" or \"BF16\".";
   init_quantize(m);
   init_search(m);
+  init_measure(m);
   init_gptq(m);
   init_values(m);
   init_repack(m);

@@ -48,6 +48,40 @@ def nvfp4_search(w: numpy.typing.NDArray[Any], dtype: str, level: str, weights: 
     As nvfp4_quantize, with scales searched for; weights as those of affine_search.
     """
 
+class EncodingError:
+    """What was found while rows were encoded; each call adds to it."""
+
+    def __init__(self) -> None: ...
+
+    @property
+    def squared_error(self) -> float: ...
+
+    @property
+    def squared_values(self) -> float: ...
+
+    @property
+    def max_error_steps(self) -> float: ...
+
+    @property
+    def nonfinite(self) -> int: ...
+
+    @property
+    def first_nonfinite(self) -> int:
+        """
+        Number of the first value that is NaN or infinite, among all so far, if nonfinite is not 0.
+        """
+
+    @property
+    def flushed_groups(self) -> int: ...
+
+def quantize_measured(w: numpy.typing.NDArray[Any], dtype: str, mode: str, group_size: int, bits: int, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any] | None, error: EncodingError) -> None:
+    """
+    Quantizes as the kernel of the mode does, and adds the error of the codes.
+    """
+
+def measure(w: numpy.typing.NDArray[Any], dtype: str, mode: str, group_size: int, bits: int, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any] | None, error: EncodingError) -> None:
+    """Adds the error of codes that exist."""
+
 def gptq_group(w: numpy.typing.NDArray[Any], start: int, group_size: int, bits: int, scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any], propagation: numpy.typing.NDArray[Any], codes: numpy.typing.NDArray[Any], errors: numpy.typing.NDArray[Any]) -> None:
     """
     Codes of a group's columns one by one; the error of each is propagated to the later columns of w, in place.

@@ -28,6 +28,7 @@ from requant.errors import (
     UnsupportedDtypeError,
 )
 from requant.kernels import _native
+from requant.kernels._native import EncodingError as EncodingError
 from requant.kernels.float_views import as_unsigned, float_name
 from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.modes import SEARCH_LEVELS, check_quantization
@@ -143,6 +144,64 @@ def quantize_into(
     if search is None:
         return _native.mx_quantize(values, name, mode, words, scales)
     return _native.mx_search(values, name, mode, search, weights, words, scales)
+
+
+def quantize_measured(
+    w: Array, quantization: Quantization, out: QuantizedTensors, error: EncodingError
+) -> None:
+    """Quantize by MLX's rule into arrays of the caller, and measure the error in the same pass.
+
+    The codes are those of ``quantize_into`` without a search. A block of them is encoded, decoded
+    and compared while it is in the cache.
+
+    Args:
+        w: float32, float16 or bfloat16, 2-D and C-contiguous.
+        quantization: One that ``check_quantization`` accepts.
+        out: As for ``quantize_into``; overwritten, without a meaning if ``error.nonfinite`` is not
+            0 then.
+        error: What earlier calls found for rows above these; added to. The sums are the same
+            for any cut of a matrix into calls, if rows come in order.
+
+    Raises:
+        OutOfRangeError: The mode does not take the bits or the group size.
+        UnsupportedDtypeError: ``w`` has another dtype.
+        ValueError: Shapes, dtypes or layout do not fit.
+
+    Example:
+        >>> error = EncodingError()
+        >>> w = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
+        >>> quantization = Quantization.affine(64, 4)
+        >>> out = quantize(w, quantization)
+        >>> quantize_measured(w, quantization, out, error)
+        >>> round(error.squared_values, 3), error.max_error_steps < 0.51, error.nonfinite
+        (43.339, True, 0)
+    """
+    _native.quantize_measured(*_measured(w, quantization, out), error)
+
+
+def measure(
+    w: Array, quantization: Quantization, tensors: QuantizedTensors, error: EncodingError
+) -> None:
+    """Measure the error of codes that exist, as ``quantize_measured`` does for those it makes."""
+    _native.measure(*_measured(w, quantization, tensors), error)
+
+
+def _measured(
+    w: Array, quantization: Quantization, tensors: QuantizedTensors
+) -> tuple[Array, str, str, int, int, Array, Array, Array | None]:
+    """The arguments of the kernels for a matrix and its tensors."""
+    bits, group_size = _checked(quantization)
+    name = float_name(w.dtype, "[quantize] cannot quantize w")
+    words, scales, biases = tensors
+    if quantization.mode.has_biases:
+        _same_dtype("scales", scales, w)
+        if biases is not None:
+            _same_dtype("biases", biases, w)
+            biases = as_unsigned(biases)
+        scales = as_unsigned(scales)
+    else:
+        scales = scales.view(np.uint8)
+    return as_unsigned(w), name, quantization.mode.value, group_size, bits, words, scales, biases
 
 
 def dequantize(
