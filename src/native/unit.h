@@ -181,17 +181,14 @@ inline size_t cast_rows(RowReader& source, Dtype from, RowWriter& target, Dtype 
 
 // ---------------------------------------------------------------- rows encoded
 
-enum class Mode { Affine, Mx, Nvfp4 };
-
 // How rows are encoded.
 struct Encoding {
-  Mode mode;
-  int group_size, bits;
+  Target target;
   bool is_searched;
   Search search;
   bool is_encoded;             // the outputs hold the codes already: only the error is measured
   const float* error_weights;  // one for each column: the error is measured with them; or null
-  bool has_biases() const { return mode == Mode::Affine; }
+  bool has_biases() const { return target.mode == Mode::Affine; }
 };
 
 // What was found in the rows.
@@ -203,66 +200,46 @@ struct Findings {
   float max_error_steps = 0.0f;  // in steps of the group's scale
 };
 
-// The outputs of a block of rows.
-struct Block {
-  uint32_t* words;
-  uint8_t *scales, *biases;
-};
-
-// Magnitudes of scales that are bytes.
-struct ScaleTables {
-  float e8m0[256], e4m3[256];
-
-  ScaleTables() {
-    for (int byte = 0; byte < 256; byte++) {
-      const int exponent = byte >> 3 & 15, mantissa = byte & 7;
-      e8m0[byte] = byte == 255 ? NAN : std::ldexp(1.0f, byte - 127);
-      e4m3[byte] = exponent == 15 && mantissa == 7 ? NAN
-                   : exponent == 0                 ? std::ldexp(float(mantissa), -9)
-                                                   : std::ldexp(float(8 + mantissa), exponent - 10);
-    }
-  }
-};
-
-inline const ScaleTables& scale_tables() {
-  static const ScaleTables tables;
-  return tables;
-}
-
-// Rows of `cols` values of one dtype on their way to codes.
+// Rows of `cols` values of one dtype on their way to codes. Sums of errors do not depend on how the rows
+// are cut into blocks.
 class RowEncoder {
  public:
   RowEncoder(Encoding encoding, Dtype dtype, size_t cols, size_t most_rows)
-      : k_(kernels()),
-        encoding_(encoding),
-        dtype_(dtype),
-        cols_(cols),
-        groups_(cols / size_t(encoding.group_size)),
-        decoded_(most_rows * cols * itemsize(dtype)),
-        group_max_(most_rows * groups_ * sizeof(float)),
-        steps_(most_rows * groups_ * sizeof(float)) {
+      : k_(kernels()), encoding_(encoding), dtype_(dtype), cols_(cols) {
     if (encoding.error_weights == nullptr) return;
+    decoded_ = Buffer(most_rows * cols * itemsize(dtype));
     wide_ = Buffer(2 * cols * sizeof(float));
     column_sums_.resize(2 * cols);
   }
 
-  void encode(const void* dense, size_t rows, Block out, Findings& found) {
-    const size_t count = rows * cols_;
-    if (!encoding_.is_encoded) found.flushed_groups += quantize({dense, dtype_, rows, cols_}, out);
-    dequantize(out, {decoded_.get(), dtype_, rows, cols_});
-    double sums[2];
-    auto* group_max = reinterpret_cast<float*>(group_max_.get());
-    k_.group_errors({dense, dtype_}, {decoded_.get(), dtype_}, count, size_t(encoding_.group_size), group_max, sums);
-    const float steps = most_steps(group_max, out.scales, rows * groups_);
-    found.max_error_steps = steps > found.max_error_steps ? steps : found.max_error_steps;
-    if (encoding_.error_weights != nullptr) return add_weighted(dense, rows);
-    found.squared_error += sums[0];
-    found.squared_values += sums[1];
+  // False, and codes without a meaning, if a value is not finite.
+  bool encode(const void* dense, size_t rows, Encoded out) {
+    const ConstMatrix w{dense, dtype_, rows, cols_};
+    const size_t nonfinite = error_.nonfinite;
+    if (encoding_.is_searched || encoding_.is_encoded) {
+      if (encoding_.is_searched && !encoding_.is_encoded) {
+        if (k_.count_nonfinite({dense, dtype_}, rows * cols_) == 0) search(w, out);
+      }
+      k_.measure(w, encoding_.target, {out.words, out.scales, out.biases}, error_);
+    } else {
+      k_.quantize_measured(w, encoding_.target, out, error_);
+    }
+    if (error_.nonfinite != nonfinite) return false;
+    if (encoding_.error_weights != nullptr) add_weighted(dense, rows, out);
+    return true;
   }
 
-  // With weights, the sums of all blocks.
   void finish(Findings& found) const {
+    double sums[2];
+    k_.total_errors(error_.sums, sums);
+    found.squared_error = sums[0];
+    found.squared_values = sums[1];
+    found.max_error_steps = error_.max_steps;
+    found.flushed_groups += error_.flushed;
+    found.nonfinite = error_.nonfinite;
+    if (error_.nonfinite != 0) found.first_nonfinite_row = ptrdiff_t(error_.first_nonfinite / cols_);
     if (encoding_.error_weights == nullptr) return;
+    found.squared_error = found.squared_values = 0.0;
     for (size_t i = 0; i < cols_; i++) {
       found.squared_error += double(encoding_.error_weights[i]) * column_sums_[i];
       found.squared_values += double(encoding_.error_weights[i]) * column_sums_[cols_ + i];
@@ -270,62 +247,32 @@ class RowEncoder {
   }
 
  private:
-  size_t quantize(ConstMatrix w, Block out) const {
-    const Affine affine{encoding_.group_size, encoding_.bits};
-    const AffineTensors tensors{out.words, out.scales, out.biases};
-    const FloatTensors floats{out.words, out.scales};
-    const Search& search = encoding_.search;
-    switch (encoding_.mode) {
+  void search(ConstMatrix w, Encoded out) {
+    const Target& target = encoding_.target;
+    const FloatTensors floats{out.words, static_cast<uint8_t*>(out.scales)};
+    switch (target.mode) {
       case Mode::Affine:
-        encoding_.is_searched ? k_.affine_search(w, affine, search, tensors) : k_.affine_quantize(w, affine, tensors);
-        return 0;
-      case Mode::Nvfp4:
-        encoding_.is_searched ? k_.nvfp4_search(w, nullptr, search, floats) : k_.nvfp4_quantize(w, nullptr, floats);
-        return 0;
-      default:
-        return encoding_.is_searched ? k_.mx_search(w, encoding_.bits, search, floats)
-                                     : k_.mx_quantize(w, encoding_.bits, floats);
+        k_.affine_search(w, {target.group_size, target.bits}, encoding_.search, {out.words, out.scales, out.biases});
+        return;
+      case Mode::Nvfp4: k_.nvfp4_search(w, nullptr, encoding_.search, floats); return;
+      default: error_.flushed += k_.mx_search(w, target.bits, encoding_.search, floats);
     }
   }
 
-  void dequantize(Block in, Matrix out) const {
-    switch (encoding_.mode) {
+  void dequantize(Encoded in, Matrix out) const {
+    const Target& target = encoding_.target;
+    const auto* scales = static_cast<const uint8_t*>(in.scales);
+    switch (target.mode) {
       case Mode::Affine:
         return k_.affine_dequantize({in.words, {in.scales, dtype_}, {in.biases, dtype_}},
-                                    {encoding_.group_size, encoding_.bits}, out);
-      case Mode::Nvfp4: return k_.nvfp4_dequantize({in.words, in.scales}, nullptr, out);
-      default: return k_.mx_dequantize({in.words, in.scales}, encoding_.bits, out);
+                                    {target.group_size, target.bits}, out);
+      case Mode::Nvfp4: return k_.nvfp4_dequantize({in.words, scales}, nullptr, out);
+      default: return k_.mx_dequantize({in.words, scales}, target.bits, out);
     }
   }
 
-  float most_steps(const float* group_max, const uint8_t* scales, size_t groups) const {
-    auto* steps = reinterpret_cast<float*>(steps_.get());
-    if (encoding_.mode == Mode::Affine) {
-      k_.cast({scales, dtype_}, groups, {steps, Dtype::F32});
-    } else {
-      const ScaleTables& tables = scale_tables();
-      const float* values = encoding_.mode == Mode::Nvfp4 ? tables.e4m3 : tables.e8m0;
-      for (size_t i = 0; i < groups; i++) steps[i] = values[scales[i]];
-    }
-    for (size_t i = 0; i < groups; i++) {
-      const float step = std::fabs(steps[i]);
-      steps[i] = step > 0.0f ? group_max[i] / step : 0.0f;
-    }
-    // Floats that are not negative are in the order of their bits, NaN above all: unlike these,
-    // integers are compared many at a time.
-    int32_t most = 0;
-    for (size_t i = 0; i < groups; i++) {
-      int32_t bits;
-      std::memcpy(&bits, steps + i, sizeof bits);
-      bits &= 0x7fffffff;
-      most = bits > most ? bits : most;
-    }
-    float ratio;
-    std::memcpy(&ratio, &most, sizeof ratio);
-    return ratio;
-  }
-
-  void add_weighted(const void* dense, size_t rows) {
+  void add_weighted(const void* dense, size_t rows, Encoded codes) {
+    dequantize(codes, {decoded_.get(), dtype_, rows, cols_});
     auto* values = reinterpret_cast<float*>(wide_.get());
     float* decoded = values + cols_;
     double *errors = column_sums_.data(), *squares = errors + cols_;
@@ -344,9 +291,9 @@ class RowEncoder {
   const Kernels& k_;
   const Encoding encoding_;
   const Dtype dtype_;
-  const size_t cols_, groups_;
-  const Buffer decoded_, group_max_, steps_;
-  Buffer wide_;                       // a row of values and of decoded values, float32
+  const size_t cols_;
+  EncodingError error_{};
+  Buffer decoded_, wide_;            // with weights: values of a block; a row of both, float32
   std::vector<double> column_sums_;  // of squared errors, then of squared values
 };
 
@@ -371,8 +318,8 @@ inline Findings encode_rows(RowReader& source, const StoredRows& stored, Dtype d
   Findings found;
   if (rows == 0 || cols == 0) return found;
   const size_t stored_bytes = cols * stored.item_bytes(), dense_bytes = cols * itemsize(dtype);
-  const size_t word_bytes = cols * size_t(encoding.bits) / 8;
-  const size_t scale_bytes = cols / size_t(encoding.group_size) * (encoding.has_biases() ? itemsize(dtype) : 1);
+  const size_t word_bytes = cols * size_t(encoding.target.bits) / 8;
+  const size_t scale_bytes = cols / size_t(encoding.target.group_size) * (encoding.has_biases() ? itemsize(dtype) : 1);
   const size_t widest = stored_bytes > dense_bytes ? stored_bytes : dense_bytes;
   const size_t fitting = block_bytes / widest > 1 ? block_bytes / widest : 1;
   const size_t most = fitting < rows ? fitting : rows;
@@ -395,17 +342,10 @@ inline Findings encode_rows(RowReader& source, const StoredRows& stored, Dtype d
       found.overflowed += k.cast({dense, stored.dtype}, count * cols, {cast.get(), dtype});
     }
     if (is_cast) dense = cast.get();
-    Block out{reinterpret_cast<uint32_t*>(targets.words.next(count * word_bytes)),
-              targets.scales.next(count * scale_bytes), nullptr};
+    Encoded out{reinterpret_cast<uint32_t*>(targets.words.next(count * word_bytes)),
+                targets.scales.next(count * scale_bytes), nullptr};
     if (encoding.has_biases()) out.biases = targets.biases.next(count * scale_bytes);
-    const size_t nonfinite = k.count_nonfinite({dense, dtype}, count * cols);
-    if (nonfinite == 0) {
-      encoder.encode(dense, count, out, found);
-      continue;
-    }
-    if (found.nonfinite == 0)
-      found.first_nonfinite_row = ptrdiff_t(row + size_t(k.first_nonfinite({dense, dtype}, count * cols)) / cols);
-    found.nonfinite += nonfinite;
+    if (encoder.encode(dense, count, out)) continue;
     std::memset(out.words, 0, count * word_bytes);
     std::memset(out.scales, 0, count * scale_bytes);
     if (encoding.has_biases()) std::memset(out.biases, 0, count * scale_bytes);

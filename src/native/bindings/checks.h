@@ -149,6 +149,21 @@ inline int mx_bits(const std::string& mode) {
   throw_value_error("mode: expected mxfp4 or mxfp8, got " + mode);
 }
 
+inline Target target_of(const std::string& mode, int group_size, int bits) {
+  if (mode == "affine") {
+    check_affine(group_size, bits);
+    return {Mode::Affine, group_size, bits};
+  }
+  const bool nvfp4 = mode == "nvfp4";
+  const Target target{nvfp4 ? Mode::Nvfp4 : Mode::Mx, nvfp4 ? kNvfp4Group : kMxGroup,
+                      nvfp4 ? kNvfp4Bits : mx_bits(mode)};
+  if (group_size != target.group_size || bits != target.bits)
+    throw_value_error(mode + ": expected group_size " + std::to_string(target.group_size) + " and bits " +
+                      std::to_string(target.bits) + ", got " + std::to_string(group_size) + " and " +
+                      std::to_string(bits));
+  return target;
+}
+
 // A global scale as the kernels take it: a pointer to one float, or null.
 class GlobalScale {
  public:

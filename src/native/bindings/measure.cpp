@@ -8,15 +8,6 @@ namespace requant::bindings {
 
 namespace {
 
-Target target_of(const std::string& mode, int group_size, int bits) {
-  if (mode == "affine") {
-    check_affine(group_size, bits);
-    return {Mode::Affine, group_size, bits};
-  }
-  if (mode == "nvfp4") return {Mode::Nvfp4, kNvfp4Group, kNvfp4Bits};
-  return {Mode::Mx, kMxGroup, mx_bits(mode)};
-}
-
 // A matrix, its target and the arrays of its codes, checked.
 struct Measured {
   Target target;
@@ -27,10 +18,6 @@ struct Measured {
            const Array& words, const Array& scales, const std::optional<Array>& biases)
       : target(target_of(mode, group_size, bits)), info(check_values(w, dtype, target.group_size)) {
     const bool affine = target.mode == Mode::Affine;
-    if (group_size != target.group_size || bits != target.bits)
-      throw_value_error(mode + ": expected group_size " + std::to_string(target.group_size) + " and bits " +
-                        std::to_string(target.bits) + ", got " + std::to_string(group_size) + " and " +
-                        std::to_string(bits));
     if (affine != biases.has_value())
       throw_value_error(std::string("biases: expected ") + (affine ? "an array" : "None") + " for mode " + mode);
     check_words(words, info, target.group_size, target.bits);

@@ -17,7 +17,7 @@ namespace requant::bindings {
 namespace {
 
 using Source = std::variant<In, std::vector<std::tuple<int, int64_t, size_t>>>;
-using Target = std::variant<Out, std::pair<int, int64_t>>;
+using Output = std::variant<Out, std::pair<int, int64_t>>;
 
 RowReader reader_of(const Source& source, size_t bits, size_t rows, size_t cols) {
   if (const In* array = std::get_if<In>(&source)) {
@@ -36,7 +36,7 @@ RowReader reader_of(const Source& source, size_t bits, size_t rows, size_t cols)
   return RowReader(std::move(ranges));
 }
 
-RowWriter writer_of(const Target& target, const char* name, size_t index, size_t bits, size_t rows, size_t cols) {
+RowWriter writer_of(const Output& target, const char* name, size_t index, size_t bits, size_t rows, size_t cols) {
   if (const Out* array = std::get_if<Out>(&target)) {
     check_shape(*array, name, bits, rows, cols);
     return RowWriter(array->data());
@@ -45,35 +45,18 @@ RowWriter writer_of(const Target& target, const char* name, size_t index, size_t
   return RowWriter(fd, offset, index);
 }
 
-void copy_rows_from(Source source, Target target, size_t nbytes, size_t block_bytes) {
+void copy_rows_from(Source source, Output target, size_t nbytes, size_t block_bytes) {
   RowReader reader = reader_of(source, 8, 1, nbytes);
   RowWriter writer = writer_of(target, "target", 0, 8, 1, nbytes);
   run([&] { copy_rows(reader, writer, nbytes, block_bytes); });
 }
 
-size_t cast_rows_from(Source source, const std::string& source_dtype, Target target, const std::string& dtype,
+size_t cast_rows_from(Source source, const std::string& source_dtype, Output target, const std::string& dtype,
                       size_t count, size_t block_bytes) {
   const Dtype from = dtype_of(source_dtype), to = dtype_of(dtype);
   RowReader reader = reader_of(source, bits_of(from), 1, count);
   RowWriter writer = writer_of(target, "target", 0, bits_of(to), 1, count);
   return run([&] { return cast_rows(reader, from, writer, to, count, block_bytes); });
-}
-
-Encoding encoding_of(const std::string& mode, int group_size, int bits) {
-  Encoding encoding{};
-  if (mode == "affine") {
-    check_affine(group_size, bits);
-    encoding.mode = Mode::Affine;
-  } else if (mode == "nvfp4") {
-    encoding.mode = Mode::Nvfp4;
-    if (group_size != kNvfp4Group || bits != kNvfp4Bits) throw_value_error("nvfp4: expected 4 bits and group size 16");
-  } else {
-    encoding.mode = Mode::Mx;
-    if (bits != mx_bits(mode) || group_size != kMxGroup) throw_value_error(mode + ": other bits or group size");
-  }
-  encoding.group_size = group_size;
-  encoding.bits = bits;
-  return encoding;
 }
 
 const float* weights_of(const std::optional<In>& weights, const char* name, size_t cols) {
@@ -114,12 +97,13 @@ StoredRows stored_rows(const std::string& dtype, const std::optional<BlockScales
 using Found = std::tuple<size_t, ptrdiff_t, size_t, size_t, double, double, double>;
 
 Found encode_rows_from(Source source, const std::string& source_dtype, std::optional<BlockScales> block_scales,
-                       const std::string& dtype, size_t rows, size_t cols, const std::string& mode, int group_size, int bits, std::vector<Target> targets,
+                       const std::string& dtype, size_t rows, size_t cols, const std::string& mode, int group_size, int bits, std::vector<Output> targets,
                        std::optional<std::string> level, std::optional<In> weights, std::optional<In> error_weights,
                        bool is_encoded, size_t block_bytes) {
   const Dtype to = dtype_of(dtype);
   const StoredRows stored = stored_rows(source_dtype, block_scales, rows, cols);
-  Encoding encoding = encoding_of(mode, group_size, bits);
+  Encoding encoding{};
+  encoding.target = target_of(mode, group_size, bits);
   check_multiple("source", cols, group_size);
   encoding.is_searched = level.has_value();
   encoding.search.weights = weights_of(weights, "weights", cols);
@@ -132,7 +116,7 @@ Found encode_rows_from(Source source, const std::string& source_dtype, std::opti
   const size_t count = encoding.has_biases() ? 3 : 2;
   if (targets.size() != count)
     throw_value_error("targets: expected " + std::to_string(count) + ", got " + std::to_string(targets.size()));
-  for (const Target& target : targets)
+  for (const Output& target : targets)
     if (is_encoded && !std::holds_alternative<Out>(target)) throw_value_error("targets: expected arrays with codes");
   const size_t groups = cols / size_t(group_size), words = groups * size_t(group_size * bits / 32);
   const size_t scale_bits = encoding.has_biases() ? bits_of(to) : 8;
