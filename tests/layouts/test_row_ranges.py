@@ -6,7 +6,8 @@ from typing import Any, cast
 
 import pytest
 
-from requant.checkpoints.checkpoint import FileRange, JoinedTensor, StoredTensor
+from requant.checkpoints.byte_ranges import FileRange
+from requant.checkpoints.checkpoint import JoinedTensor, StoredTensor
 from requant.core.dtypes import TensorInfo
 from requant.formats.base import RowRange, SourceLayer, dense_layer
 from requant.formats.matrix_scales import MatrixScale, scale_of_each_matrix

@@ -1,7 +1,7 @@
 """Heads and embeddings: what the tensors say counts, whatever ``tie_word_embeddings`` says."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import requant
-from requant.checkpoints.checkpoint import Checkpoint, FileRange, OpenedSource
+from requant.checkpoints.byte_ranges import FileRange
+from requant.checkpoints.checkpoint import Checkpoint, OpenedSource
 from requant.errors import CheckpointError, UsageError
 from requant.formats import detect
 from requant.formats.base import SourceLayer
@@ -206,9 +207,9 @@ def test_a_difference_is_found_without_reading_on(checkpoint: Build) -> None:
     found, embedding, head = layers_of(source)
     asked: list[FileRange] = []
 
-    def fetch(part: FileRange) -> bytes:
-        asked.append(part)
-        return found.opened.read_range(part)
+    def fetch(parts: Sequence[FileRange]) -> Sequence[bytes]:
+        asked.extend(parts)
+        return found.opened.read_ranges(parts)
 
     remote = replace(found, opened=OpenedSource(found.path, fetch=fetch))
     assert not same_values(remote, head, embedding)
@@ -223,9 +224,9 @@ def test_memory_is_bounded_where_all_is_equal(checkpoint: Build) -> None:
     found, embedding, head = layers_of(checkpoint({EMBEDDING: large, HEAD: large}))
     asked: list[int] = []
 
-    def fetch(part: FileRange) -> bytes:
-        asked.append(part.nbytes)
-        return found.opened.read_range(part)
+    def fetch(parts: Sequence[FileRange]) -> Sequence[bytes]:
+        asked.extend(part.nbytes for part in parts)
+        return found.opened.read_ranges(parts)
 
     remote = replace(found, opened=OpenedSource(found.path, fetch=fetch))
     assert same_values(remote, head, embedding)

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoints.checkpoint import Checkpoint, FileRange, SourceTensor
+from requant.checkpoints.byte_ranges import FileRange
+from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.checkpoints.folder_files import CONFIG, INDEX, RECORD, file_size, is_repository_id
 from requant.core.files import hash_file, hash_range, open_regular
 from requant.core.regex import regex_time_budget

@@ -16,9 +16,10 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from requant.checkpoints.byte_ranges import FileRange, ReadAhead, ReadRanges, read_runs, runs_of
 from requant.checkpoints.gguf_tensors import GgufModel
 from requant.core.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
-from requant.core.files import open_regular
+from requant.core.files import open_regular, read_at
 from requant.core.limits import MAX_SMALL_TENSOR_BYTES
 from requant.core.reasons import Note
 from requant.errors import CheckpointError, Problem
@@ -29,6 +30,9 @@ Key = tuple[str, ...]
 
 COMPARED: Final = "compared.json"
 """A file next to header stubs: which tensors were equal or not, before files were deleted."""
+
+_GAP_BYTES: Final = 4096  # between ranges that are read at once: no more than a page
+_RUN_BYTES: Final = 1 << 20
 
 REMOVED: Final = object()
 """A value for ``with_changes``: the key is removed."""
@@ -47,15 +51,6 @@ class StoredTensor:
     def ranges(self) -> tuple[FileRange, ...]:
         """Where its bytes lie, in order."""
         return (FileRange(self.file, self.offset, self.info.nbytes),)
-
-
-@dataclass(frozen=True, slots=True)
-class FileRange:
-    """A run of bytes of a source file."""
-
-    file: str
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +131,7 @@ class OpenedSource:
     Args:
         path: The folder of the files.
         header_stubs: A folder with the headers of weight files that a stopped run has deleted.
-        fetch: Reads a range of bytes where the files hold headers only (``hub_repository``).
+        fetch: Reads ranges of bytes where the files hold headers only (``hub_repository``).
         downloader: Provides the weight files, where they are not in the folder.
         generated_files: Name -> content of files that an output gets and the folder does not have.
         compared: Results of tensor comparisons of an earlier run.
@@ -147,7 +142,7 @@ class OpenedSource:
         path: Path,
         *,
         header_stubs: Path | None = None,
-        fetch: Callable[[FileRange], bytes] | None = None,
+        fetch: ReadRanges | None = None,
         downloader: WeightFileProvider | None = None,
         generated_files: Mapping[str, Callable[[], bytes]] | None = None,
         compared: Mapping[str, bool] | None = None,
@@ -157,9 +152,10 @@ class OpenedSource:
         self.fetch = fetch
         self.downloader = downloader
         self.generated_files = dict(generated_files or {})
-        self.small_tensor_ranges: list[FileRange] = []  # of those that were read so far
+        self.small_tensors: dict[str, SourceTensor] = {}  # those that were read so far, by name
         self.damaged: dict[str, Problem] = {}  # of these tensors, those with NaN or infinity
         self.compared = dict(compared or {})  # names of two tensors -> whether they are equal
+        self._ahead = ReadAhead(self.read_ranges)
 
     def with_downloader(self, path: Path, downloader: WeightFileProvider) -> OpenedSource:
         """The same source in another folder, to which the downloader adds the weight files."""
@@ -171,13 +167,26 @@ class OpenedSource:
             generated_files=self.generated_files,
             compared=self.compared,
         )
-        opened.small_tensor_ranges += self.small_tensor_ranges
+        opened.small_tensors |= self.small_tensors
         opened.damaged |= self.damaged
         return opened
 
     def size_of(self, files: Iterable[str]) -> int:
         """Bytes of files of the folder together."""
         return sum((self.path / file).stat().st_size for file in files)
+
+    def read_ahead(self, tensors: Iterable[SourceTensor]) -> None:
+        """Say which small tensors will be read, in the order of the reads.
+
+        The first read takes those that follow with it, neighbours in one run. Tensors that are not
+        read after all cost the bytes of a window at most; those too large are left out.
+        """
+        self._ahead.expect(
+            tensor
+            for tensor in tensors
+            if not isinstance(tensor, ComputedTensor)
+            and tensor.info.nbytes <= MAX_SMALL_TENSOR_BYTES
+        )
 
     def read_small_tensor(self, tensor: SourceTensor) -> np.ndarray:
         """The data of a small tensor that describes a layer: a ``g_idx``, block scales.
@@ -193,32 +202,68 @@ class OpenedSource:
                 f"{tensor.info}, at most {MAX_SMALL_TENSOR_BYTES:,} bytes are read while planning"
             )
             raise CheckpointError(str(self.path), [Problem(name, message)])
-        data = bytearray()
-        for part in tensor.ranges:
-            data += self.read_range(part)
-            self.small_tensor_ranges.append(part)
-        values = np.frombuffer(bytes(data), NUMPY_DTYPE[tensor.info.dtype])
+        values = np.frombuffer(self._ahead.read(tensor), NUMPY_DTYPE[tensor.info.dtype])
+        self.small_tensors[name] = tensor
         bad = ~np.isfinite(values) if tensor.info.dtype in FLOATS else np.zeros(0, np.bool_)
         if bad.any():
             row = int(bad.argmax()) // (tensor.info.shape or (1,))[-1]
             self.damaged[name] = Problem(name, damage("scales", int(bad.sum()), row))
         return values.reshape(tensor.info.shape)
 
+    def small_tensor_ranges(self) -> Iterator[FileRange]:
+        """Where the small tensors lie that were read so far."""
+        for tensor in self.small_tensors.values():
+            assert not isinstance(tensor, ComputedTensor)
+            yield from tensor.ranges
+
     def read_range(self, part: FileRange) -> bytes:
         """A range of bytes of a weight file."""
+        (data,) = self.read_ranges([part])
+        return data
+
+    def read_ranges(self, parts: Sequence[FileRange]) -> Sequence[bytes]:
+        """Ranges of bytes of weight files, in the order of ``parts``.
+
+        A file is opened once, and ranges that lie close to each other are read at once.
+
+        Raises:
+            CheckpointError: A file cannot be read, or is shorter than its header says.
+        """
         if self.fetch is not None:
-            return self.fetch(part)
+            return self.fetch(parts)
+        with _OpenFile(self.path, self.header_stubs) as file:
+            return read_runs(parts, runs_of(parts, _GAP_BYTES, _RUN_BYTES), file.read)
+
+
+class _OpenFile:
+    """One weight file of a folder at a time, for positioned reads."""
+
+    def __init__(self, folder: Path, stubs: Path | None) -> None:
+        self.folder, self.stubs = folder, stubs
+        self._name, self._descriptor = "", -1
+
+    def __enter__(self) -> _OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def read(self, part: FileRange) -> bytes:
+        """A range of bytes; the file stays open for the next."""
         message = "is shorter than its header says"
         try:
-            path = weight_path(self.path, self.header_stubs, part.file)
-            with open(open_regular(path), "rb", buffering=0) as file:
-                file.seek(part.offset)
-                data = file.read(part.nbytes)
+            if part.file != self._name or self._descriptor < 0:
+                self.__exit__()
+                self._descriptor = open_regular(weight_path(self.folder, self.stubs, part.file))
+                self._name = part.file
+            data = read_at(self._descriptor, part.nbytes, part.offset)
             if len(data) == part.nbytes:
                 return data
         except OSError as error:
             message = f"cannot be read: {os_error_text(error)}"
-        raise CheckpointError(str(self.path), [Problem(part.file, message)])
+        raise CheckpointError(str(self.folder), [Problem(part.file, message)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +312,10 @@ class Checkpoint:
             return self
         config = with_changes(self.config, changes)
         return replace(self, config=config, corrections={**self.corrections, **changes})
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Say which small tensors will be read, in order, as ``OpenedSource.read_ahead`` takes."""
+        self.opened.read_ahead(self.tensors[name] for name in names)
 
     def read_small_tensor(self, name: str) -> np.ndarray:
         """The data of a small tensor, as ``OpenedSource.read_small_tensor`` reads it."""

@@ -27,6 +27,14 @@ def open_regular(path: Path) -> int:
     return fd
 
 
+def read_at(fd: int, nbytes: int, offset: int) -> bytes:
+    """Read bytes at an offset of an open file; fewer where it ends."""
+    data = os.pread(fd, nbytes, offset)
+    while 0 < len(data) < nbytes and (more := os.pread(fd, nbytes - len(data), offset + len(data))):
+        data += more  # one call reads 2 GiB at most
+    return data
+
+
 def write_at(fd: int, data: memoryview, offset: int) -> None:
     """Write all of ``data`` at an offset of an open file."""
     while data:

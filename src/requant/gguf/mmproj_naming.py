@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from requant.checkpoints.checkpoint import FileRange, JoinedTensor, StoredTensor
+from requant.checkpoints.byte_ranges import FileRange
+from requant.checkpoints.checkpoint import JoinedTensor, StoredTensor
 from requant.checkpoints.gguf_tensors import GgufTensor
 from requant.errors import Problem
 from requant.gguf.header import Header, TableEntry

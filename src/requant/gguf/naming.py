@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
 
-from requant.checkpoints.checkpoint import FileRange, JoinedTensor, StoredTensor
+from requant.checkpoints.byte_ranges import FileRange
+from requant.checkpoints.checkpoint import JoinedTensor, StoredTensor
 from requant.checkpoints.gguf_tensors import GgufModel, GgufTensor
 from requant.core.dtypes import TensorInfo
 from requant.core.reasons import Note, NoteCode

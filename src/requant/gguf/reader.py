@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from requant.checkpoints.checkpoint import Checkpoint, FileRange, OpenedSource, SourceFile
+from requant.checkpoints.byte_ranges import FileRange, ReadRanges
+from requant.checkpoints.checkpoint import Checkpoint, OpenedSource, SourceFile
 from requant.checkpoints.folder_files import CONFIG, decode_filename, file_size
 from requant.checkpoints.folder_listing import list_folder
 from requant.checkpoints.safetensors_folder import read_config
@@ -49,7 +50,7 @@ _OTHER_KINDS = {  # general.type -> what it is
 def read_gguf(
     source: Path,
     config_from: Path | None = None,
-    fetch: Callable[[FileRange], bytes] | None = None,
+    fetch: ReadRanges | None = None,
     mmproj: str | None = None,
 ) -> Checkpoint:
     """Read a GGUF model up to its data, with the vision part next to it.
@@ -148,7 +149,7 @@ class _Reading:
     folder: Path
     headers: list[Header]
     config_from: Path | None
-    fetch: Callable[[FileRange], bytes] | None = None
+    fetch: ReadRanges | None = None
     mmproj: str | None = None
 
     def __post_init__(self) -> None:

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from requant.checkpoints.byte_ranges import FileRange
 from requant.checkpoints.checkpoint import (
     Checkpoint,
     ComputedTensor,
-    FileRange,
     SourceTensor,
     cut,
     with_changes,

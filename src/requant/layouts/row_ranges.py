@@ -11,7 +11,8 @@ from math import prod
 
 import numpy as np
 
-from requant.checkpoints.checkpoint import FileRange, JoinedTensor, StoredTensor, cut
+from requant.checkpoints.byte_ranges import FileRange
+from requant.checkpoints.checkpoint import JoinedTensor, StoredTensor, cut
 from requant.core.dtypes import NUMPY_DTYPE, TensorInfo
 from requant.formats.base import RowRange, SourceLayer
 from requant.formats.matrix_scales import scale_of_each_matrix

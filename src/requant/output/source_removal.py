@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from requant.checkpoints.checkpoint import COMPARED, FileRange, OpenedSource, SourceFile
+from requant.checkpoints.byte_ranges import FileRange
+from requant.checkpoints.checkpoint import COMPARED, OpenedSource, SourceFile
 from requant.checkpoints.safetensors_header import PREFIX_BYTES
 from requant.core.files import fsync, replace_file
 from requant.errors import OutputError
@@ -100,7 +101,7 @@ def write_header_stubs(source: OpenedSource, files: Sequence[SourceFile], folder
         header = FileRange(file.name, 0, PREFIX_BYTES + length)
         with replace_file(stub) as new:
             new.truncate(file.nbytes)
-            for part in (header, *source.small_tensor_ranges):
+            for part in (header, *source.small_tensor_ranges()):
                 if part.file == file.name:
                     new.seek(part.offset)
                     new.write(source.read_range(part))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from requant.checkpoints.adapters import ADAPTER_CONFIG, describe_adapter, is_adapter_file
-from requant.checkpoints.checkpoint import Checkpoint, FileRange, OpenedSource
+from requant.checkpoints.byte_ranges import FileRange
+from requant.checkpoints.checkpoint import Checkpoint, OpenedSource
 from requant.checkpoints.folder_files import (
     CONFIG,
     INDEX,
@@ -245,7 +246,10 @@ class Repository:
             content = ahead.content[:nbytes]
         write_metadata(folder / file, content, size, folder.parent / "new")
 
-    def _fetch(self, part: FileRange) -> bytes:
+    def _fetch(self, parts: Sequence[FileRange]) -> list[bytes]:
+        return [self._fetch_range(part) for part in parts]
+
+    def _fetch_range(self, part: FileRange) -> bytes:
         if part in self._fetched:
             return self._fetched[part]
         start, stop = part.offset, part.offset + part.nbytes
