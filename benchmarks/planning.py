@@ -1,12 +1,14 @@
 """Time and memory of planning the largest checkpoints: headers and small tensors in sparse files.
 
-Three models by the shapes that are published: DeepSeek-V3 in FP8 (92,000 tensors), Kimi-K2 in
-4-bit compressed-tensors (208,000) and a dense Llama of 405 B. The shards have their full size, and
-holes where the weights are: only headers and the tensors of ``weight_shape`` are written. Every
-number is that of a process of its own, relative to one that only parses the same headers with
-``json``: no planner can be faster than that.
+Models by the shapes that are published: DeepSeek-V3 in FP8 (92,000 tensors), Kimi-K2 in 4-bit
+compressed-tensors (208,000) and in FP8 (139,000), a dense Llama of 405 B, and a mixture of experts
+of 1 T parameters in GGUF, in 24 files. The shards have their full size, and holes where the weights
+are: only headers and the tensors of ``weight_shape`` are written. Every number is that of a process
+of its own, relative to one that only parses the same headers with ``json`` (for GGUF, that starts
+Python): no planner can be faster than that. "growth" compares with the model of half the layers:
+time and memory that grow with the tensors grow by as much as these.
 
-    python benchmarks/planning.py                        the three models, and halves of them
+    python benchmarks/planning.py                        all models, and halves of them
     python benchmarks/planning.py --models kimi-k2 --halves 0
     python benchmarks/planning.py --against OTHER/src    next to another version of requant
     python benchmarks/planning.py --make FOLDER --models kimi-k2     only write one
@@ -29,6 +31,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from gguf import KINDS
 from make_checkpoint import Tensors
 
 SIZES = {"BF16": 2, "F8_E4M3": 1, "F32": 4, "I32": 4}
@@ -70,8 +73,12 @@ class Model(NamedTuple):
 MODELS = {
     "deepseek-v3": Model(61, 3, 256, 7168, 18432, 2048, 128, 129280),
     "kimi-k2": Model(61, 1, 384, 7168, 18432, 2048, 64, 163840),
+    "kimi-k2-fp8": Model(61, 1, 384, 7168, 18432, 2048, 64, 163840),
     "llama-405b": Model(126, 126, 0, 16384, 53248, 0, 128, 128256),
+    "gguf-1t": Model(61, 0, 384, 7168, 0, 2048, 64, 151936),
 }
+FP8 = ("deepseek-v3", "kimi-k2-fp8")
+GGUF_SPLITS = 24
 
 
 def attention(name: str, model: Model) -> dict[str, tuple[int, ...]]:
@@ -105,7 +112,7 @@ def feed_forward(hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
 def linear(name: str, path: str, shape: tuple[int, ...], is_expert: bool) -> Tensors:
     """The tensors of one matrix, as the model stores it."""
     rows, columns = shape
-    if name == "deepseek-v3":
+    if name in FP8:
         scales = (-(-rows // 128), -(-columns // 128))
         return {
             f"{path}.weight": ("F8_E4M3", shape),
@@ -169,7 +176,7 @@ def config(name: str, model: Model) -> dict[str, Any]:
     if name == "llama-405b":
         return common | {"model_type": "llama", "num_key_value_heads": 8, "head_dim": 128}
     common |= {
-        "model_type": "deepseek_v3" if name == "deepseek-v3" else "kimi_k2",
+        "model_type": "deepseek_v3" if name in FP8 else "kimi_k2",
         "num_key_value_heads": model.heads,
         "moe_intermediate_size": model.expert_intermediate,
         "first_k_dense_replace": model.dense_layers,
@@ -189,14 +196,15 @@ def config(name: str, model: Model) -> dict[str, Any]:
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
     }
-    if name == "deepseek-v3":
+    if name in FP8:
         block: dict[str, Any] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
         }
-        return common | {"num_nextn_predict_layers": 1, "quantization_config": block}
+        further = int(name == "deepseek-v3")  # layers that predict a further token
+        return common | {"num_nextn_predict_layers": further, "quantization_config": block}
     weights = {
         "num_bits": 4,
         "type": "int",
@@ -222,6 +230,8 @@ def write(folder: Path, name: str, halved: int = 0) -> int:
     whole = MODELS[name]
     model = whole._replace(layers=max(whole.layers >> halved, whole.dense_layers >> halved, 2))
     folder.mkdir(parents=True)
+    if name == "gguf-1t":
+        return write_gguf(folder, model)
     (folder / "config.json").write_text(json.dumps(config(name, model), indent=2))
     shards: list[Tensors] = [{}]
     held = 0
@@ -240,6 +250,73 @@ def write(folder: Path, name: str, halved: int = 0) -> int:
     index = {"metadata": {}, "weight_map": dict(sorted(shard_of.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return len(shard_of)
+
+
+def gguf_tensors(model: Model) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, kind and shape of every tensor, outermost axis first."""
+    hidden, inner, heads = model.hidden, model.expert_intermediate, model.heads * 128
+    yield "token_embd.weight", "Q4_K", (model.vocabulary, hidden)
+    for number in range(model.layers):
+        for part, shape in {
+            "attn_q": (heads, hidden),
+            "attn_k": (1024, hidden),
+            "attn_v": (1024, hidden),
+            "attn_output": (hidden, heads),
+            "ffn_gate_exps": (model.experts, inner, hidden),
+            "ffn_up_exps": (model.experts, inner, hidden),
+            "ffn_down_exps": (model.experts, hidden, inner),
+        }.items():
+            yield f"blk.{number}.{part}.weight", "Q4_K", shape
+        for part, width in {"attn": hidden, "ffn": hidden, "attn_q": 128, "attn_k": 128}.items():
+            yield f"blk.{number}.{part}_norm.weight", "F32", (width,)
+        yield f"blk.{number}.ffn_gate_inp.weight", "F32", (model.experts, hidden)
+    yield "output_norm.weight", "F32", (hidden,)
+    yield "output.weight", "Q4_K", (model.vocabulary, hidden)
+
+
+def write_gguf(folder: Path, model: Model) -> int:
+    """Write Qwen 3's kind of mixture of experts as llama.cpp splits it; the count of tensors."""
+    settings = {
+        "block_count": model.layers,
+        "embedding_length": model.hidden,
+        "feed_forward_length": model.intermediate or model.expert_intermediate,
+        "expert_feed_forward_length": model.expert_intermediate,
+        "expert_count": model.experts,
+        "expert_used_count": 8,
+        "context_length": 131072,
+        "attention.head_count": model.heads,
+        "attention.head_count_kv": 8,
+        "attention.key_length": 128,
+        "attention.value_length": 128,
+    }
+    keys = [_string("general.architecture") + struct.pack("<I", 8) + _string("qwen3moe")]
+    keys += [_string(f"qwen3moe.{k}") + struct.pack("<II", 4, v) for k, v in settings.items()]
+    keys.append(_string("qwen3moe.attention.layer_norm_rms_epsilon") + struct.pack("<If", 6, 1e-6))
+    tensors = list(gguf_tensors(model))
+    each = -(-len(tensors) // GGUF_SPLITS)
+    for split in range(GGUF_SPLITS):
+        table, at = [], 0
+        for tensor, kind, shape in tensors[split * each : (split + 1) * each]:
+            number, values, nbytes, _ = KINDS[kind]
+            axes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+            table.append(_string(tensor) + axes + struct.pack("<IQ", number, at))
+            at += -(-prod(shape) // values * nbytes // 32) * 32
+        own = [
+            _string("split.no") + struct.pack("<IH", 2, split),
+            _string("split.count") + struct.pack("<IH", 2, GGUF_SPLITS),
+            _string("split.tensors.count") + struct.pack("<Ii", 5, len(tensors)),
+        ]
+        own = [*(keys if split == 0 else ()), *own]
+        head = b"GGUF" + struct.pack("<IQQ", 3, len(table), len(own)) + b"".join((*own, *table))
+        head += bytes(-len(head) % 32)
+        with open(folder / f"model-{split + 1:05d}-of-{GGUF_SPLITS:05d}.gguf", "wb") as file:
+            file.write(head)
+            file.truncate(len(head) + at)
+    return len(tensors)
+
+
+def _string(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
 
 
 def write_shard(path: Path, tensors: Tensors) -> None:
@@ -318,7 +395,9 @@ def main() -> None:
     contenders = {"plan": PLAN, "plan and hash": HASH, "plan --json": printed("--json")}
     print(f"load {os.getloadavg()[0]:.1f}; medians of {args.runs}, seconds of processor time")
     for name in args.models:
-        bits = "0" if name == "kimi-k2" else "4"  # MLX has no mode for FP8's blocks
+        bits = "0" if name in ("kimi-k2", "gguf-1t") else "4"  # MLX has no mode for FP8's blocks
+        larger: dict[str, Run] = {}
+        of_larger = 0
         for halved in range(args.halves + 1):
             with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
                 source = Path(scratch) / "model"
@@ -335,10 +414,18 @@ def main() -> None:
                             run = measure(code, str(source), args.layout, bits, src=src)
                             rounds.setdefault(words + version, []).append(run)
                 floor = statistics.median(run.cpu_s for run in rounds["json"])
+                medians: dict[str, Run] = {}
                 for words, runs in rounds.items():
                     cpu_s = statistics.median(run.cpu_s for run in runs)
                     peak = statistics.median(run.peak_mb for run in runs)
-                    print(f"  {words:22} {cpu_s:7.2f} s {cpu_s / floor:6.1f} x {peak:7.0f} MB")
+                    medians[words] = Run(cpu_s, peak)
+                    line = f"  {words:22} {cpu_s:7.2f} s {cpu_s / floor:6.1f} x {peak:7.0f} MB"
+                    if words in larger:
+                        time, memory = larger[words].cpu_s / cpu_s, larger[words].peak_mb / peak
+                        line += f"   growth: tensors {of_larger / count:.2f}, time {time:.2f}, "
+                        line += f"memory {memory:.2f}"
+                    print(line, flush=True)
+                larger, of_larger = medians, count
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def _commands() -> str:
     """The help of every command, as in a terminal."""
     import typer
 
-    from requant.cli import app
+    from requant.cli.application import app
 
     group = typer.main.get_command(app)
     context: Any = group.make_context("requant", ["recipes"], resilient_parsing=True)

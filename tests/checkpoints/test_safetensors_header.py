@@ -14,6 +14,7 @@ import safetensors.numpy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from requant.checkpoints import safetensors_header
 from requant.checkpoints.safetensors_header import (
     HeaderEntry,
     build_header,
@@ -505,3 +506,48 @@ JSON = st.recursive(
 def test_any_json_at_all(value: dict[str, Any]) -> None:
     entries, _, problems = parse_header(header(value), 8)
     assert problems or sum(e.stop - e.start for e in entries.values()) == 8
+
+
+ODD_NAMES = st.sampled_from(["a.weight", 'with "quotes"', "naïve", "", "..", "b\\c"])
+COUNTS = st.sampled_from([0, 1, 2, 4, 8, -1, 1.0, True, None, 1 << 64])
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "U8", "F4", 7]),
+        "shape": st.one_of(st.lists(COUNTS, max_size=3), st.just("22")),
+        "data_offsets": st.one_of(st.lists(COUNTS, max_size=3), st.just({0: 0, 8: 0})),
+    }
+)
+
+
+@given(st.dictionaries(ODD_NAMES, ENTRIES, max_size=3))
+def test_ordinary_entries_are_read_as_all_others(header: dict[str, Any]) -> None:
+    """The quick look at an entry accepts what the long one accepts, and nothing else."""
+    text = json.dumps(header, default=list).encode()
+    raw = len(text).to_bytes(8, "little") + text
+    quick = safetensors_header.parse_header(raw, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors_header, "_valid_entry", lambda *_: None)
+        assert safetensors_header.parse_header(raw, 8) == quick
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "mlx", "ü": '"'}])
+def test_a_header_is_what_json_writes(metadata: dict[str, str], tmp_path: Path) -> None:
+    tensors = {
+        'a "b"\\ü': TensorInfo("BF16", (2, 3)),
+        "scalar": TensorInfo("F32", ()),
+        "none": TensorInfo("U8", (0, 4)),
+    }
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, info in tensors.items():
+        span = [at, at + info.nbytes]
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
+        at += info.nbytes
+    raw, offsets = safetensors_header.build_header(tensors, metadata)
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    assert raw[8:].rstrip(b" ") == text and len(raw) % 8 == 0
+    assert offsets == {name: entries[name]["data_offsets"][0] for name in tensors}
+    with (tmp_path / "sparse").open("wb") as file:
+        safetensors_header.write_sparse(file, tensors, metadata)
+    assert (tmp_path / "sparse").read_bytes() == raw + bytes(at)
+    assert safetensors_header.build_header({}, {})[0] == b"\x08" + bytes(7) + b"{}      "

@@ -101,6 +101,14 @@ def test_start_imports_nothing_heavy() -> None:
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
+def test_the_version_is_answered_without_the_parser() -> None:
+    for word in ("--version", "-V"):
+        code = f"import requant.cli as c\ntry: c.run([{word!r}])\nexcept SystemExit: 0"
+        loaded = "import sys\nprint(sorted({'typer', 'numpy'} & {*sys.modules}))"
+        result = python("-c", f"{code}\n{loaded}")
+        assert result.stdout.splitlines() == [f"requant {__version__}", "[]"], result.stderr
+
+
 # -- generate --------------------------------------------------------------------------
 def test_generate_prints_text_and_speed(requant: Requant) -> None:
     options = (MICRO_LLAMA, "--prompt", "The file", "--bits", 4, "--max-tokens", 6)

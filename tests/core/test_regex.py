@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from requant.core import regex
 from requant.core.limits import MAX_NAME_CHARS, MAX_PATTERN_CHARS, MAX_PATTERN_S
-from requant.core.regex import Pattern, PatternError, _is_polynomial
+from requant.core.regex import Pattern, PatternError, _is_polynomial, regex_time_budget
 
 ATOMS = (
     *(
@@ -212,3 +212,12 @@ def test_plain_patterns_do_not_import_regex() -> None:
     for pattern, imported in ((".*_proj", "False"), ("(a|b)+", "True")):
         command = [sys.executable, "-c", code.format(pattern)]
         assert subprocess.check_output(command, text=True).strip() == imported
+
+
+def test_other_work_on_the_machine_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that waits for the processor makes no pattern slow."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(regex.time, "perf_counter", lambda: float(next(ticks)))
+    with regex_time_budget():
+        pattern = Pattern(r".*experts.*")
+        assert all(pattern.match(f"layers.{n}.mlp.experts") for n in range(100))

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from requant.cli import app
+from requant.cli.application import app
 from requant.cli.options import with_optional_texts
 
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]

@@ -50,13 +50,20 @@ def runs_of(parts: Sequence[FileRange], gap: int, max_bytes: int) -> list[RangeR
         joins = members and part.file == file and part.offset - stop <= gap
         if not joins or max(end, stop) - start > max_bytes:
             if members:
-                runs.append(RangeRun(FileRange(file, start, stop - start), tuple(members)))
+                runs.append(_run(parts, file, start, stop, members))
             file, start, stop, members = part.file, part.offset, part.offset, []
         members.append(position)
         stop = max(stop, end)
     if members:
-        runs.append(RangeRun(FileRange(file, start, stop - start), tuple(members)))
+        runs.append(_run(parts, file, start, stop, members))
     return runs
+
+
+def _run(
+    parts: Sequence[FileRange], file: str, start: int, stop: int, members: Sequence[int]
+) -> RangeRun:
+    whole = parts[members[0]] if len(members) == 1 else FileRange(file, start, stop - start)
+    return RangeRun(whole, tuple(members))
 
 
 def read_runs(
@@ -120,6 +127,8 @@ class ReadAhead:
             self._skip()
         pieces = iter(self._read([part for _, ranges in window for part in ranges]))
         self._held = {name: b"".join(next(pieces) for _ in ranges) for name, ranges in window}
+        if self._next == len(self._order):
+            self._order, self._next, self._expected = [], 0, set()
         return self._held.pop(tensor.name)
 
     def _skip(self) -> None:

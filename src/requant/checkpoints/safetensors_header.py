@@ -15,13 +15,13 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from math import prod
 from typing import Any, BinaryIO
 
-from requant.core.dtypes import NUMPY_DTYPE, TensorInfo
+from requant.core.dtypes import NUMPY_DTYPE, TensorInfo, shared_info
 from requant.core.limits import (
     MAX_EMPTY_AXES,
     MAX_HEADER_BYTES,
@@ -84,6 +84,11 @@ def parse_header(
         if len(problems) >= MAX_PROBLEMS:
             problems.append(Problem("header", "has more problems, which are not listed"))
             return {}, {}, problems
+        entry = _valid_entry(name, item, data_bytes)
+        if entry is not None:
+            entries[name] = entry
+            spans.append((entry.start, entry.stop, name))
+            continue
         where = format_tensor_name(name)
         messages = check_name(name)
         span, wrong = _parse_span(item)
@@ -101,6 +106,29 @@ def parse_header(
     return entries, metadata, problems + _check_spans(spans, data_bytes, complete)
 
 
+def header_pieces(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Iterator[str]:
+    """The JSON text of a header in pieces; the tensors lie one after the other.
+
+    Raises:
+        KeyCollisionError: A tensor is called ``__metadata__``.
+    """
+    if METADATA_KEY in tensors:
+        raise KeyCollisionError("a header keeps its metadata under this name", METADATA_KEY)
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    before = "{"
+    if metadata:
+        yield f"{before}{encode(METADATA_KEY)}:{encode(dict(metadata))}"
+        before = ","
+    start = 0
+    for name, info in tensors.items():
+        stop = start + info.nbytes
+        shape = ",".join(map(str, info.shape))
+        entry = f'"dtype":"{info.dtype}","shape":[{shape}],"data_offsets":[{start},{stop}]'
+        yield f"{before}{encode(name)}:{{{entry}}}"
+        before, start = ",", stop
+    yield "{}" if before == "{" else "}"
+
+
 def build_header(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
@@ -116,24 +144,27 @@ def build_header(
     if len(tensors) > MAX_TENSORS:
         message = f"a file may hold {MAX_TENSORS:,}; write smaller shards"
         raise OutOfRangeError(message, "tensors", len(tensors))
-    if METADATA_KEY in tensors:
-        raise KeyCollisionError("a header keeps its metadata under this name", METADATA_KEY)
-    header: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
-    offsets = {}
-    start = 0
-    for name, info in tensors.items():
-        stop = start + info.nbytes
-        span = [start, stop]
-        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
-        offsets[name] = start
-        start = stop
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text = "".join(header_pieces(tensors, metadata)).encode()
     text += b" " * (-len(text) % 8)
+    sizes = (info.nbytes for info in tensors.values())
+    offsets = dict(zip(tensors, accumulate(sizes, initial=0), strict=False))
     if len(text) > MAX_HEADER_BYTES:
         raise OutOfRangeError(
             f"a header may take {MAX_HEADER_BYTES}; write smaller shards", "header bytes", len(text)
         )
     return struct.pack("<Q", len(text)) + text, offsets
+
+
+def write_sparse(
+    file: BinaryIO, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> None:
+    """Write the header of ``build_header`` piece by piece, and a hole in place of the data."""
+    file.write(bytes(PREFIX_BYTES))
+    length = sum(file.write(piece.encode()) for piece in header_pieces(tensors, metadata))
+    length += file.write(b" " * (-length % 8))
+    file.truncate(PREFIX_BYTES + length + sum(info.nbytes for info in tensors.values()))
+    file.seek(0)
+    file.write(struct.pack("<Q", length))
 
 
 def header_length(prefix: bytes, file_bytes: int) -> tuple[int, str]:
@@ -246,7 +277,27 @@ def _parse_info(item: object) -> tuple[TensorInfo | None, list[str]]:
         )
     if messages or not isinstance(dtype, str) or not isinstance(shape, list):
         return None, messages
-    return TensorInfo(dtype, tuple(shape)), []
+    return shared_info(dtype, tuple(shape)), []
+
+
+def _valid_entry(name: str, item: Any, data_bytes: int) -> HeaderEntry | None:
+    """The entry of an ordinary tensor; None where a closer look is needed, or something is wrong.
+
+    Almost every entry is ordinary, and the functions that say what is wrong take longer.
+    """
+    try:
+        dtype, shape, (start, stop) = item["dtype"], item["shape"], item["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    if type(shape) is not list or len(shape) > MAX_RANK:
+        return None
+    counts = [start, stop, *shape]
+    if {*map(type, counts)} != {int} or min(counts) < 0 or 0 in shape or stop > data_bytes:
+        return None
+    if type(dtype) is not str or dtype not in NUMPY_DTYPE or check_name(name):
+        return None
+    info = shared_info(dtype, tuple(shape))
+    return HeaderEntry(info, start, stop) if info.nbytes == stop - start else None
 
 
 def _check_size(info: TensorInfo, start: int, stop: int) -> list[str]:

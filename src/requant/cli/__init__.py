@@ -1,8 +1,8 @@
 """The command line: arguments become calls, results become text and exit codes.
 
-Only this package prints or exits. ``options`` has the options and arguments; ``convert``,
-``inspect`` and ``upload`` the commands; ``plan_tables`` and ``tables`` write to standard output,
-``progress`` to standard error; ``error_handling`` has errors, exit codes and JSON.
+Only this package prints or exits. ``application`` has the commands, ``options`` their options and
+arguments; ``convert``, ``inspect`` and ``upload`` run them; ``plan_tables`` and ``tables`` write to
+standard output, ``progress`` to standard error; ``error_handling`` has errors, exit codes and JSON.
 """
 
 from __future__ import annotations
@@ -10,64 +10,21 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import Annotated, NoReturn
-
-import typer
-
-from requant.cli.convert import calibrate, convert, generate, join, plan
-from requant.cli.error_handling import EXIT_TERMINATED
-from requant.cli.inspect import compare, inspect, recipes, report, verify
-from requant.cli.options import with_optional_texts
-from requant.cli.upload import upload
-
-app = typer.Typer(
-    name="requant",
-    help=(
-        "Turn model checkpoints into MLX's quantized formats and back.\n\n"
-        "\b\n"
-        "Examples:\n"
-        "  requant inspect Llama-3.2-1B\n"
-        "  requant plan    Llama-3.2-1B --bits 4\n"
-        "  requant convert Llama-3.2-1B Llama-3.2-1B-4bit --bits 4\n"
-        "  requant verify  Llama-3.2-1B Llama-3.2-1B-4bit\n"
-    ),
-    context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+from collections.abc import Sequence
+from typing import NoReturn
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
+def print_version() -> None:
+    """Print the version."""
+    from requant import __version__
 
-        print(f"requant {version('requant')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _global_options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
-) -> None:
-    pass
-
-
-# In the order of the help.
-_COMMANDS: list[Callable[..., None]] = [convert, plan, inspect, verify, compare, join]
-_COMMANDS += [calibrate, report, upload, generate, recipes]
-for _command in _COMMANDS:
-    app.command()(_command)
+    print(f"requant {__version__}")
 
 
 def _terminate(*_: object) -> NoReturn:
     """Handle SIGTERM: unwind as with Ctrl-C."""
+    from requant.cli.error_handling import EXIT_TERMINATED
+
     raise SystemExit(EXIT_TERMINATED)
 
 
@@ -84,7 +41,13 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words in (["--version"], ["-V"]):  # answered without the import of typer
+        print_version()
+        raise SystemExit(0)
     if words[:1] == ["help"]:  # as with git and pip: help, help convert
         words = [*words[1:], "--help"]
+    from requant.cli.application import app
+    from requant.cli.options import with_optional_texts
+
     app(with_optional_texts(words), prog_name="requant")
     raise SystemExit(0)

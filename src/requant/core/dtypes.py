@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import ml_dtypes
@@ -53,7 +54,18 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes that the tensor takes in a file."""
-        return self.size * NUMPY_DTYPE[self.dtype].itemsize
+        return _nbytes(self.dtype, self.shape)
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
+
+
+@lru_cache(maxsize=4096)
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return prod(shape) * NUMPY_DTYPE[dtype].itemsize
+
+
+@lru_cache(maxsize=1 << 14)
+def shared_info(dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+    """A ``TensorInfo``, the same object for the same dtype and shape: models repeat few shapes."""
+    return TensorInfo(dtype, shape)

@@ -45,24 +45,36 @@ class PatternError(RequantError, ValueError):
 
 
 class _TimeBudget:
-    """Seconds that patterns took so far: each by its text, and all of them."""
+    """Seconds that patterns took so far: each by its text, and all of them.
+
+    Elapsed time is counted first, since its clock is cheap. On a busy machine it is many times the
+    processor's: once it exceeds a limit, counting starts again in the processor time of the thread.
+    """
 
     def __init__(self) -> None:
         self.each: dict[str, float] = defaultdict(float)
         self.total = 0.0
+        self.now = time.perf_counter
 
     def left(self, text: str) -> float:
         """Seconds that a pattern may still take."""
         return min(MAX_PATTERN_S - self.each[text], MAX_PATTERNS_S - self.total)
 
-    def spend(self, text: str, seconds: float) -> None:
-        """Count the time that a pattern took.
+    def spend(self, text: str, began: float) -> None:
+        """Count the time that a pattern took since ``began``, which ``now`` gave.
 
         Raises:
             PatternError: It took too long, or all patterns together did.
         """
+        self.add(text, self.now() - began)
+
+    def add(self, text: str, seconds: float) -> None:
+        """Count seconds that a pattern took; errors as of ``spend``."""
         self.each[text] += seconds
         self.total += seconds
+        if self.left(text) <= 0 and self.now is time.perf_counter:
+            self.each.clear()
+            self.total, self.now = 0.0, time.thread_time
         if self.each[text] >= MAX_PATTERN_S:
             raise PatternError(
                 f"took more than {MAX_PATTERN_S:g} s over the names of this model; "
@@ -112,8 +124,8 @@ class Pattern:
             raise PatternError(f"is longer than {MAX_PATTERN_CHARS:,} characters", text)
         self._regex: Any = None  # compiled at the first search that needs it
         budget = _budget.get() or _TimeBudget()
-        budget.spend(text, 0)
-        began = time.thread_time()
+        budget.add(text, 0)
+        began = budget.now()
         try:
             if expression is None:
                 _check_ranges(text)
@@ -125,31 +137,35 @@ class Pattern:
         if expression is None:
             _check_counts(text)
         # fnmatch writes "*" as an atomic group, which never tries a second length.
-        self._re_chars = MAX_NAME_CHARS if expression else _RE_NAME_CHARS * _is_polynomial(text)
-        budget.spend(text, time.thread_time() - began)
+        self._re_chars = self._re_chars_searched = MAX_NAME_CHARS
+        if expression is None:
+            self._re_chars = _RE_NAME_CHARS * _is_polynomial(text, is_search=False)
+            self._re_chars_searched = _RE_NAME_CHARS * _is_polynomial(text)
+        budget.spend(text, began)
 
     def search(self, name: str) -> bool:
         """Whether the pattern is found anywhere in ``name``."""
-        return self._ask("search", self._re.search, name)
+        return self._ask("search", self._re.search, name, self._re_chars_searched)
 
     def match(self, name: str) -> bool:
         """Whether the pattern is found at the start of ``name``."""
-        return self._ask("match", self._re.match, name)
+        return self._ask("match", self._re.match, name, self._re_chars)
 
     def fullmatch(self, name: str) -> bool:
         """Whether the pattern is the whole of ``name``."""
-        return self._ask("fullmatch", self._re.fullmatch, name)
+        return self._ask("fullmatch", self._re.fullmatch, name, self._re_chars)
 
-    def _ask(self, method: str, by_re: Callable[[str], object], name: str) -> bool:
+    def _ask(self, method: str, by_re: Callable[[str], object], name: str, re_chars: int) -> bool:
+        """Ask ``re`` about names of up to ``re_chars`` characters, and ``regex`` about longer."""
         budget = _budget.get() or _TimeBudget()
-        began = time.thread_time()
-        if len(name) <= self._re_chars:
+        began = budget.now()
+        if len(name) <= re_chars:
             found = by_re(name)
         elif len(name) > MAX_NAME_CHARS:
             raise PatternError(f"is not searched in a name of {len(name):,} characters", self.text)
         else:
             found = self._by_regex(method, name, budget)
-        budget.spend(self.text, time.thread_time() - began)
+        budget.spend(self.text, began)
         return found is not None
 
     def _by_regex(self, method: str, name: str, budget: _TimeBudget) -> object:
@@ -158,11 +174,12 @@ class Pattern:
         try:
             if self._regex is None:
                 self._regex = regex.compile(_escaped(self.text), regex.V0)
-            budget.spend(self.text, 0)
+            budget.add(self.text, 0)
             return getattr(self._regex, method)(name, timeout=budget.left(self.text))
         except TimeoutError:
             # regex counts the time of all threads of the process, so our clock may show less.
-            budget.spend(self.text, MAX_PATTERN_S)
+            budget.now = time.thread_time
+            budget.add(self.text, MAX_PATTERN_S)
             raise
         except (regex.error, RecursionError, MemoryError) as error:
             raise PatternError(f"is too complex to be searched: {error}", self.text) from None
@@ -186,13 +203,14 @@ def _check_counts(text: str) -> None:
         )
 
 
-def _is_polynomial(text: str) -> bool:
+def _is_polynomial(text: str, is_search: bool = True) -> bool:
     r"""Whether the text alone shows that ``re`` takes at most ``_RE_MAX_STEPS`` over a name.
 
     Escapes and character classes count as one letter. A repetition of one letter may end at each
     position of the name, an optional part is tried in 2 ways and a group in as many as it has
     alternatives; the ways of all parts multiply, as when each fails after the one before it.
-    A repetition of a group is never taken as small.
+    A repetition of a group is never taken as small. A search starts at each position of the name,
+    a match at the first alone.
 
     Example: ``.*experts\.(?:\d+|shared)\.(up|down)_proj`` has 256 starts, two repetitions
     (256 * 256) and two groups of two alternatives (4), so just ``_RE_MAX_STEPS``.
@@ -205,7 +223,7 @@ def _is_polynomial(text: str) -> bool:
     bars, groups = letters.count("|"), letters.count("(") + 1
     parts = min(bars, groups) or 1  # bars spread evenly over them make the most ways
     ways = 2 ** min(letters.count("?"), 64) * (1 + bars / parts) ** min(parts, 64)
-    steps = _RE_NAME_CHARS ** min(1 + len(repeats), 8) * ways
+    steps = _RE_NAME_CHARS ** min(is_search + len(repeats), 8) * ways
     return ")" not in repeats and steps <= _RE_MAX_STEPS
 
 

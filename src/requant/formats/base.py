@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
+from requant.core.sharing import shared
 from requant.errors import Problem
 from requant.packings.base import Packing
 from requant.quantization.config import PerLayerQuantization, Quantization
@@ -43,6 +45,9 @@ class RowOrder:
         inverse[rows] = np.arange(rows.size)
         rows.flags.writeable = inverse.flags.writeable = False
         return RowOrder(rows, inverse, hashlib.sha256(rows.tobytes()).hexdigest())
+
+
+_NO_TENSORS: Tensors = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,7 @@ class SourceLayer:
     row_ranges: tuple[RowRange, ...] = ()
     # role -> tensor of a rotation of the inputs, which is stored with the codes and needed to run
     # them. ``packing`` decodes to values without the rotation
-    rotation_tensors: Tensors = field(default_factory=dict)
+    rotation_tensors: Tensors = field(default_factory=lambda: _NO_TENSORS)
     # of a packed tensor whose dense values are not ``{path}.weight``; else "". Stacks of fused
     # experts have no module: their codes become ``{path}.weight``, their values ``{path}`` or what
     # the tool calls them
@@ -258,12 +263,12 @@ def packed_layer(
     return SourceLayer(
         path=path,
         parts=parts,
-        encoding=encoding,
-        shape=shape,
+        encoding=shared(encoding),
+        shape=shared(shape),
         dtype=dtype,
         packing=packing,
-        stored_description=stored,
-        policy=DefaultPolicy(fallback=fallback, reason=reason),
+        stored_description=shared(stored),
+        policy=shared(DefaultPolicy(fallback=fallback, reason=reason)),
     )
 
 

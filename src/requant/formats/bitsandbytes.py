@@ -57,6 +57,8 @@ class Bitsandbytes:
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:
         sorter = TensorSorter(checkpoint)
+        read = (_STATE, ".weight_format")
+        checkpoint.read_ahead(name for name in checkpoint.tensors if any(x in name for x in read))
         for name in checkpoint.tensors:
             if name.endswith(".SCB"):
                 path = name.removesuffix(".SCB")

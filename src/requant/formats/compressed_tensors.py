@@ -31,6 +31,8 @@ _ROLES: Final = (
     *("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape"),
     *("weight_g_idx", "weight_global_scale"),
 )
+# Of them, those that are read to describe a layer, in the order of the reads.
+_READ: Final = ("weight_shape", "weight_g_idx", "weight_global_scale")
 _SPARSE: Final = {
     **dict.fromkeys(
         ("scale_packed", "meta"), "marlin-24 (2:4-sparse codes in the tiles of a GPU kernel)"
@@ -77,7 +79,9 @@ class _Reader:
 
     def read(self) -> SourceLayout:
         sorter = self.sorter
-        for path, parts in sorter.layers_with(_ROLES).items():
+        layers = sorter.layers_with(_ROLES)
+        sorter.read_ahead(layers.values(), _READ)
+        for path, parts in layers.items():
             if _has_codes(parts) and (layer := sorter.make(path, parts, self._stack)):
                 for part in parts.values():
                     if part not in layer.parts.values():
@@ -256,9 +260,9 @@ class _Reader:
         fits = shape.info.shape[:-1] in ((), packed.info.shape[:-2]) and last in ((2,), (axes,))
         if not shape.info.dtype.startswith(("I", "U")) or not fits:
             raise unexpected(shape, "two whole numbers: outputs, inputs")
-        declared = self.checkpoint.read_small_tensor(shape.name).reshape(-1, *last)
-        *leading, rows, columns = declared[0].tolist()
-        if (declared != declared[0]).any():
+        declared = self.checkpoint.read_small_tensor(shape.name).reshape(-1, *last).tolist()
+        *leading, rows, columns = declared[0]
+        if any(x != declared[0] for x in declared):
             raise LayerError(shape.name, "says other numbers for some experts than for the first")
         fits = (*leading, rows) in ((n_out,), packed.info.shape[:-1])
         if not fits or columns < 1:

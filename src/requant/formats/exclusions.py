@@ -99,10 +99,13 @@ def _is_dense(rule: Any) -> bool:
 
 def _named(entries: Iterable[str], paths: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Each layer that an entry names, with the entry."""
+    entries = tuple(entries)
     plain = {entry for entry in entries if not entry.startswith("re:") and not _is_wild(entry)}
     wild = Wildcards(entry for entry in entries if not entry.startswith("re:") and _is_wild(entry))
     first_parts = {entry.partition(".")[0] for entry in plain}
     patterns = list(_patterns(entries))
+    if not entries:
+        return
     for path in paths:
         entry = next((run for run in _runs(path, first_parts) if run in plain), None)
         entry = entry or next(iter(wild.matching(path)), None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.reasons import Reason, ReasonCode
+from requant.core.sharing import shared
 from requant.formats.base import DefaultPolicy, SourceLayer, packed_layer
 from requant.formats.quantization_block import is_count
 from requant.formats.stacks import Experts, are_transposed
@@ -40,7 +41,8 @@ def mx_layer(
         else MxBlocks(rows, n_in, n_out, bits, nbytes)
     )
     parts, stored = {"weight": weight, "scale": scale}, f"mxfp{bits} {element}".rstrip()
-    return packed_layer(path, parts, (*leading, n_out, n_in), packing, dtype=dtype, stored=stored)
+    shape = (*leading, n_out, n_in)
+    return packed_layer(path, parts, shape, shared(packing), dtype=dtype, stored=stored)
 
 
 def block_pair(value: Any) -> tuple[int, int] | None:
@@ -106,6 +108,7 @@ def float8_layer(
     packing = Float8(rows, columns, matrix, tile, width)
     if packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
         packing = replace(packing, exact=True)
+    packing = shared(packing)
     high, wide = tile
     if (high, wide) == (1, columns):
         scales = "one scale a channel"
@@ -126,6 +129,7 @@ def float8_layer(
         policy = DefaultPolicy(
             reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
         )
+        policy = shared(policy)
     return SourceLayer(
         path=path,
         parts={"weight": weight, "scale": scale},
@@ -133,7 +137,7 @@ def float8_layer(
         shape=shape,
         dtype=dtype,
         packing=packing,
-        stored_description=stored,
+        stored_description=shared(stored),
         policy=policy,
     )
 

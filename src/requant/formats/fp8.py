@@ -45,12 +45,14 @@ class Fp8:
         sorter = TensorSorter.by_role(checkpoint)
         block = _block(found, sorter)
         fbgemm = found is not None and found.method == "fbgemm_fp8"
-        for name, tensor in sorter.parts.items():
-            scale = sorter.parts.get(f"{name}_scale") if name.endswith(".weight") else None
-            if scale is not None and tensor.info.dtype in (*FLOAT8, "I8"):
-                parts = {"weight": tensor, "weight_scale": scale}
-                make = partial(_layer, sorter, block, fbgemm)
-                sorter.make(name.removesuffix(".weight"), parts, make)
+        layers = {
+            path: parts
+            for path, parts in sorter.layers_with(("weight", "weight_scale")).items()
+            if len(parts) == 2 and parts["weight"].info.dtype in (*FLOAT8, "I8")
+        }
+        sorter.read_ahead(layers.values(), ("weight_scale",))
+        for path, parts in layers.items():
+            sorter.make(path, parts, partial(_layer, sorter, block, fbgemm))
         sorter.drop_runtime_scales()
         return sorter.layout()
 

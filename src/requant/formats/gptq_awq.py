@@ -93,6 +93,9 @@ class _Reader:
     def read(self) -> SourceLayout:
         sorter, parts_of = self.sorter, self._parts()
         taken = {part.name: path for path, parts in parts_of.items() for part in parts.values()}
+        # Zeros are looked at where the config does not call them symmetric.
+        read = ("g_idx",) if self.found.get("sym") else ("qzeros", "g_idx")
+        sorter.read_ahead(parts_of.values(), read)
         waiting = dict(parts_of)
         for name, tensor in sorter.tensors.items():
             path = taken.get(name)

@@ -68,8 +68,9 @@ class Hqq:
         sorter = TensorSorter(checkpoint)
         params = _Params(find_quantization_block(checkpoint), sorter.problems)
         paths = [n.removesuffix(_SUFFIX) for n in checkpoint.tensors if n.endswith(_SUFFIX)]
-        for path in paths:
-            layer = _Layer(sorter, path, params)
+        layers = [_Layer(sorter, path, params) for path in paths]
+        sorter.read_ahead((layer.declared for layer in layers), tuple(_DECLARED))
+        for path, layer in zip(paths, layers, strict=True):
             sorter.make(path, layer.parts, layer.read)
             for part in layer.declared.values():
                 sorter.drop(part.name, "says how W_q is stored")

@@ -8,6 +8,7 @@ from typing import Any
 
 from requant.core.dtypes import TensorInfo
 from requant.core.reasons import Reason, ReasonCode
+from requant.core.sharing import shared
 from requant.formats.base import SourceLayer, Tensors, packed_layer, scale_dtype
 from requant.formats.tensor_sorter import TensorSorter
 from requant.packings.base import IntegerPacking
@@ -75,6 +76,7 @@ def integer_layer(
     The words for how it is stored begin with ``tool``, and call scales that are not one a group
     ``scales``.
     """
+    packing = shared(packing)
     group = f"g{packing.group}" if packing.groups > 1 else scales
     reason = None
     if packing.encoding is None:

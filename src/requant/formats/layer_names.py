@@ -89,13 +89,14 @@ def layer_names(tensors: Tensors) -> LayerNames:
         if found is None:
             continue
         path, role = found
-        renamed[name] = f"{path}.{role}"
-        if name not in (f"{path}.weight", renamed[name]):
+        renamed[name] = part = _same_text(f"{path}.{role}", name)
+        if name not in (f"{path}.weight", part):
             own[path] = f"{path}_weight" if _VLLM.search(path) else path
         roles = _OF_WORDS if role == "qweight" else _OF_WEIGHT
         for scale in siblings.of_path(path):
             if scale.word in roles:
-                renamed.setdefault(scale.name, f"{path}.{roles[scale.word]}")
+                part = _same_text(f"{path}.{roles[scale.word]}", scale.name)
+                renamed.setdefault(scale.name, part)
         shape = f"{path}_shape"  # of llm-compressor's stacks
         if role == "weight_packed" and shape in tensors:
             renamed.setdefault(shape, f"{path}.weight_shape")
@@ -108,6 +109,11 @@ def layer_names(tensors: Tensors) -> LayerNames:
             part = name
         named[part] = tensor
     return LayerNames(named, own, tuple(twice))
+
+
+def _same_text(part: str, name: str) -> str:
+    """``part``, as the object ``name`` where both are equal: most names stay as they are."""
+    return name if part == name else part
 
 
 def _codes(name: str, tensor: SourceTensor, siblings: ScaleNames) -> tuple[str, str] | None:

@@ -74,7 +74,9 @@ class _Reader:
 
     def read(self) -> SourceLayout:
         sorter = self.sorter
-        for path, parts in sorter.layers_with(_ROLES).items():
+        layers = sorter.layers_with(_ROLES)
+        sorter.read_ahead(layers.values(), ("weight_scale_2",))
+        for path, parts in layers.items():
             if len(parts) > 1 and "weight" in parts and parts["weight"].info.dtype not in FLOATS:
                 sorter.make(path, parts, self._layer)
         sorter.drop_runtime_scales()

@@ -7,11 +7,13 @@ neither slow down nor change what requant reads by itself.
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from requant.errors import Problem
 from requant.formats.base import Format
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "requant.formats"
 
@@ -19,6 +21,8 @@ GROUP = "requant.formats"
 @cache
 def plugged_in() -> tuple[tuple[Format, ...], tuple[Problem, ...]]:
     """Every installed format in the order of names, and what is wrong with those that fail."""
+    from importlib.metadata import entry_points
+
     formats, problems = [], []
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         found = _load(point)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final
 
 
@@ -81,6 +82,21 @@ class ScaleName:
 
 def parse_scale_name(name: str) -> ScaleName | None:
     """Split a name; None where it is none of a scale, a zero point or the like."""
+    # What a name is called by has three dots at the most, and few endings are different:
+    # layers.7.mlp.up_proj.weight_scale is parsed as ..mlp.up_proj.weight_scale once for all layers.
+    parts = name.rsplit(".", 3)
+    before = parts[0] if len(parts) == 4 else ""
+    found = _parse_ending(f".{name[len(before) :]}" if before else name)
+    if found is None:
+        return None
+    end, role, word, of_weight = found
+    path = name[: len(name) - end]
+    return ScaleName(name, path, role, word, of_weight) if path else None
+
+
+@lru_cache(maxsize=1 << 14)
+def _parse_ending(name: str) -> tuple[int, Role, str, bool] | None:
+    """How many characters follow the path, the role, the word, and whether "weight" is before."""
     if not name.endswith(_LONGEST_FIRST):
         return None
     for word in _LONGEST_FIRST:
@@ -97,7 +113,7 @@ def parse_scale_name(name: str) -> ScaleName | None:
                 break
         role = _WORDS.get(word) or (_OF_WEIGHTS[word] if of_weight else None)
         if role is not None and path:
-            return ScaleName(name, path, role, word, of_weight)
+            return len(name) - len(path), role, word, of_weight
     return None
 
 
@@ -119,17 +135,18 @@ class ScaleNames:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(names)
-        self._found: dict[str, ScaleName] = {}
         self._adjacent: dict[str, list[ScaleName]] = {}
         for name in sorted(self._names):
             found = parse_scale_name(name)
             if found is not None:
-                self._found[name] = found
-                self._adjacent.setdefault(found.path, []).append(found)
+                adjacent = self._adjacent.setdefault(found.path, [])
+                # One text for the path of all of a layer's scales.
+                path = adjacent[0].path if adjacent else found.path
+                adjacent.append(ScaleName(name, path, found.role, found.word, found.of_weight))
 
     def get(self, name: str) -> ScaleName | None:
         """The parts of a name; None unless it is that of a scale, a zero point or the like."""
-        return self._found.get(name)
+        return parse_scale_name(name) if name in self._names else None
 
     def siblings(self, name: str, *roles: Role) -> tuple[ScaleName, ...]:
         """The scales, zero points and the like next to a tensor (of ``roles``, if any)."""

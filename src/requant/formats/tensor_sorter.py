@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
@@ -105,6 +105,11 @@ class TensorSorter:
             if role in roles:
                 found.setdefault(path, {})[role] = tensor
         return found
+
+    def read_ahead(self, layers: Iterable[Tensors], roles: Sequence[str]) -> None:
+        """Say that of each layer the tensors of ``roles`` may be read, in this order."""
+        names = (parts[role].name for parts in layers for role in roles if role in parts)
+        self.checkpoint.read_ahead(names)
 
     @cached_property
     def orientation(self) -> Orientation:

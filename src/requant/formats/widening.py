@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
+from requant.core.sharing import shared
 from requant.formats.base import SourceLayer
 from requant.kernels import cast as values
 from requant.kernels import quantize as native
@@ -163,7 +164,7 @@ def stored_rows(layer: SourceLayer) -> Packing:
     """The packing of a layer whose tensors are stored as MLX's, or dense."""
     rows, columns = prod(layer.shape[:-1]), layer.shape[-1]
     if layer.encoding is None:
-        return DenseRows(rows, columns)
+        return shared(DenseRows(rows, columns))
     roles = ("scales", "biases") if layer.encoding.mode.has_biases else ()
     dtypes = tuple(layer.parts[role].info.dtype for role in roles)
-    return MlxRows(rows, columns, layer.encoding, dtypes)
+    return shared(MlxRows(rows, columns, layer.encoding, dtypes))

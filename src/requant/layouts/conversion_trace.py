@@ -22,8 +22,9 @@ import shutil
 import tempfile
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,15 @@ import mlx.core as mx
 import mlx.nn
 from mlx.utils import tree_flatten
 
-from requant.checkpoints.safetensors_header import build_header
+from requant.checkpoints.safetensors_header import write_sparse
 from requant.core.dtypes import TensorInfo
 from requant.core.reasons import Reason, ReasonCode
 from requant.errors import RequantError, UsageError
 from requant.layouts.byte_moves import Traced
 from requant.layouts.expert_forms import Adapter
-from requant.layouts.tracer import trace
+from requant.layouts.tracer import run_without_values, trace
 from requant.libraries import LayoutError, Library, Request, UnknownModelError
+from requant.libraries.stand_ins import StandInUsedError
 from requant.libraries.surroundings import lock, offline, quiet, replaced
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import join_first, one_line, pluralize
@@ -129,6 +131,47 @@ def run(
     library: Library, shown: Shown, request: Request, adapt: Adapter | None = None
 ) -> ConversionTrace:
     """Follow a library's convert; see :func:`requant.layouts.layout.library_layout`."""
+    try:
+        return _run(library, shown, request, adapt)
+    except StandInUsedError:  # once a process: from then on it has the real packages
+        return _run(library, shown, request, adapt)
+
+
+def _run(
+    library: Library, shown: Shown, request: Request, adapt: Adapter | None
+) -> ConversionTrace:
+    conversion = _start(library, shown, request, adapt)
+    with lock:
+        placeholders = {
+            name: mx.zeros(x.shape, MLX_DTYPE[x.dtype]) for name, x in shown.tensors.items()
+        }
+        traced = trace(conversion.rule, placeholders)
+        return ConversionTrace(conversion.rule, traced, conversion.decisions(placeholders))
+
+
+def check_load(library: Library, shown: Shown) -> None:
+    """Check that a library's class takes these tensors: names, and shapes after its renaming.
+
+    Raises:
+        UnknownModelError: The library is not installed or has no class for the model.
+        LayoutError: It does not load them.
+    """
+    try:
+        _check_load(library, shown)
+    except StandInUsedError:
+        _check_load(library, shown)
+
+
+def _check_load(library: Library, shown: Shown) -> None:
+    conversion = _start(library, shown, Request(), None)
+    with lock:
+        # Names and shapes decide, so that tensors of equal shape are one array.
+        kinds: dict[Hashable, TensorInfo] = {x: x for x in shown.tensors.values()}
+        arrays = {key: mx.zeros(x.shape, MLX_DTYPE[x.dtype]) for key, x in kinds.items()}
+        run_without_values(partial(conversion.rule, loads=True), shown.tensors, arrays)
+
+
+def _start(library: Library, shown: Shown, request: Request, adapt: Adapter | None) -> _Conversion:
     if why := library.missing_class_reason(shown.config):
         raise UnknownModelError(why, library.name)
     target = request.quantization
@@ -140,13 +183,7 @@ def run(
     if unreadable:
         count, names = pluralize(len(unreadable), "tensor"), join_first(unreadable, 10)
         raise LayoutError(f"MLX cannot load {count}, so {library.name} cannot: {names}")
-    conversion = _Conversion(library, shown, request, adapt)
-    with lock:
-        placeholders = {
-            name: mx.zeros(x.shape, MLX_DTYPE[x.dtype]) for name, x in shown.tensors.items()
-        }
-        traced = trace(conversion.rule, placeholders)
-        return ConversionTrace(conversion.rule, traced, conversion.decisions(placeholders))
+    return _Conversion(library, shown, request, adapt)
 
 
 class _RuleIsOverError(BaseException):
@@ -177,17 +214,21 @@ class _Conversion:
         (self._source / "config.json").write_text(json.dumps(self.shown.config))
         for name, path in self.shown.side_files.items():
             (self._source / name).symlink_to(path)
-        header = build_header(dict(self.shown.tensors), {"format": "pt"})[0]
         with (self._source / _WEIGHTS).open("wb") as file:
-            file.write(header)
-            file.truncate(len(header) + sum(x.nbytes for x in self.shown.tensors.values()))
+            write_sparse(file, self.shown.tensors, {"format": "pt"})
 
-    def rule(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """From the file's tensors to what the model's parameters become."""
+    def rule(self, weights: dict[str, mx.array], loads: bool = False) -> dict[str, mx.array]:
+        """From the file's tensors to what the model's parameters become.
+
+        With ``loads`` they are also assigned to the model, which compares their shapes.
+        """
+        load_weights = _nn.Module.load_weights
 
         def end(model: Module, items: Any, strict: bool = True) -> None:
             given = dict(items)
             self._check_names(model, given, strict=strict)
+            if loads:
+                load_weights(model, list(given.items()), strict=strict)
             raise _RuleIsOverError(given)
 
         try:

@@ -20,9 +20,9 @@ def why_unloadable(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -
     if why := MLX_LM.missing_class_reason(config):
         return why
     try:
-        from requant.layouts.layout import Shown, library_layout
+        from requant.layouts.conversion_trace import Shown, check_load
 
-        library_layout(MLX_LM, Shown(deepcopy(dict(config)), infos))
+        check_load(MLX_LM, Shown(deepcopy(dict(config)), infos))
     except UnknownModelError as error:
         return one_sentence(error.why)
     except RequantError as error:

@@ -9,7 +9,7 @@ process, and a rule that does not agree is not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -44,6 +44,31 @@ def trace(
             traced.
     """
     return _trace(function, arrays, _verified_rules())
+
+
+def run_without_values(
+    function: Callable[[dict[str, mx.array]], object],
+    names: Mapping[str, Hashable],
+    arrays: Mapping[Hashable, mx.array],
+) -> None:
+    """Run ``function`` as ``trace`` does, for what it raises: nothing is followed.
+
+    Args:
+        function: Takes a weight map; called exactly once.
+        names: Name of each input -> its key in ``arrays``.
+        arrays: One placeholder is made for each, whatever the number of its names.
+
+    Raises:
+        ValueError: It looks at values, or uses what cannot be traced.
+    """
+
+    def flat(*placeholders: mx.array) -> list[mx.array]:
+        placeholder_of = dict(zip(arrays, placeholders, strict=True))
+        function({name: placeholder_of[key] for name, key in names.items()})
+        return [mx.zeros(1)]
+
+    with _traceable(), without_collections(), replaced(mx, "stack", _stack_shape):
+        mx.export_function(lambda _: None, flat, *arrays.values())
 
 
 def _trace(
@@ -119,6 +144,19 @@ def _identity(a: mx.array, *_: Any, **__: Any) -> mx.array:
 def _cast(x: mx.array, dtype: mx.Dtype = mx.bfloat16, **_: Any) -> mx.array:
     """Replace ``mx.from_fp8``: the same shape and dtype, and computed as well."""
     return x.astype(dtype)
+
+
+_stack = mx.stack
+
+
+def _stack_shape(arrays: list[mx.array], axis: int = 0, **_: Any) -> mx.array:
+    """Replace ``mx.stack`` where only shapes count: one node for hundreds of equal placeholders."""
+    first = arrays[0] if arrays else None
+    if first is None or any(array is not first for array in arrays):
+        return _stack(arrays, axis)
+    shape = list(first.shape)
+    shape.insert(axis % (len(shape) + 1), len(arrays))
+    return mx.broadcast_to(mx.expand_dims(first, axis), shape)
 
 
 @contextmanager

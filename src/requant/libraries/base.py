@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.errors import RequantError
+from requant.libraries.stand_ins import StandIns
 from requant.libraries.surroundings import replaced
 from requant.quantization.config import Quantization
 from requant.quantization.options import DTYPES
@@ -96,6 +97,8 @@ class Library:
         arguments: Takes the same as ``find_class``; further arguments of its ``convert``.
         copied: Patterns of files that it copies though they look like weights (voices).
         has_heads: Whether its classes predict tokens, and need the output head.
+        stand_ins: Its modules with stand-ins for packages that its convert imports and a layout
+            does not need.
     """
 
     name: str
@@ -109,6 +112,7 @@ class Library:
     arguments: Callable[[Path, Mapping[str, Any]], dict[str, Any]] = lambda *_: {}
     copied: tuple[str, ...] = ()
     has_heads: bool = True
+    stand_ins: StandIns | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -143,7 +147,11 @@ class Library:
         return f"{self.name} has no class for model_type {format_value(model_type)}"
 
     def convert(self, source: Path, output: Path, request: Request) -> None:
-        """Run the library's own convert on a folder, without its tokenizers and model cards."""
+        """Run the library's own convert on a folder, without its tokenizers and model cards.
+
+        Raises:
+            StandInUsedError: It needs a package that was left out; called again, it has it.
+        """
         words = {header: word for word, header in DTYPES.items()}
         config = json.loads((source / "config.json").read_text())
         assert self.folder is not None
@@ -161,6 +169,8 @@ class Library:
         if request.dtype is not None:
             arguments["dtype"] = words[request.dtype]
         with ExitStack() as stack:
+            if self.stand_ins is not None:
+                stack.enter_context(self.stand_ins.in_place())
             try:
                 convert = importlib.import_module(f"{self.package}.convert").convert
                 for module, name in self.stubs:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.libraries.base import Library, module_exists, read_table
+from requant.libraries.stand_ins import StandIns
 
 # mlx_lm/utils.py: {model_type: module}, and (in newer ones) {(model_type, architecture): module}.
 _NAMES, _NAMES_BY_ARCHITECTURE = "MODEL_REMAPPING", "MODEL_ARCHITECTURE_REMAPPING"
@@ -35,5 +36,6 @@ MLX_LM = Library(
     import_class=lambda utils, config, _: utils._get_classes(config),
     load=lambda utils, folder: utils.load_model(folder)[0],
     recipes=frozenset({"mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"}),
+    stand_ins=StandIns("mlx_lm", ("transformers",)),
     stubs=(("mlx_lm.utils", "load_tokenizer"), ("mlx_lm.utils", "create_model_card")),
 )

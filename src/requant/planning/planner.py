@@ -9,15 +9,16 @@ and ``notes`` tells the user about consequences.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.garbage import without_collections
 from requant.core.reasons import Note, NoteCode, Reason, ReasonCode
 from requant.core.regex import regex_time_budget
+from requant.core.sharing import shared
 from requant.errors import CheckpointError, UsageError
 from requant.formats.base import describe_encoding
 from requant.formats.stale_blocks import read_source
@@ -113,12 +114,15 @@ def plan_laid_out(laid_out: LaidOut, options: ConvertOptions, *, is_trial: bool 
     unnamed = _check_decisions(selector, decisions, chosen.rejection, is_trial=is_trial)
     layers, unplaced, notes = _plan_layers(selector, decisions)
     source, relayout = chosen.checkpoint, chosen.relayout
+    rotated = bool(rotated_layers(decisions))
+    quantization = output_quantization(selector, decisions)
+    config = output_config(selector, decisions, quantization, rotated=rotated)
+    # Before shards are laid out: less is held meanwhile.
+    loading = _loader_notes(layers, unplaced, config, chosen, options)
     is_mlx = relayout is not None or source.metadata.get("format") == "mlx"
     shards, steps = assign_offsets(unplaced, options.shard_size, "mlx" if is_mlx else "pt")
-    rotated = bool(rotated_layers(decisions))
     load_error = "" if relayout is None else relayout.load_error
     is_obstructed = rotated or load_error or unloadable_dtypes(layers)
-    quantization = output_quantization(selector, decisions)
     copied = relayout.library.copied if relayout is not None else ()
     voices = [x for x, _ in source.left_out if any(PurePath(x).match(y) for y in copied)]
     side_files = (*source.side_files, *voices)
@@ -127,9 +131,9 @@ def plan_laid_out(laid_out: LaidOut, options: ConvertOptions, *, is_trial: bool 
         format=laid_out.format,
         files=source.files,
         layers=tuple(layers),
-        steps=tuple(steps),
+        steps=steps,
         shards=shards,
-        config=output_config(selector, decisions, quantization, rotated=rotated),
+        config=config,
         quantization=quantization,
         side_files=(*side_files, *sorted(source.opened.generated_files)),
         left_out=tuple(x for x in source.left_out if x[0] not in side_files),
@@ -143,7 +147,8 @@ def plan_laid_out(laid_out: LaidOut, options: ConvertOptions, *, is_trial: bool 
         side_bytes=source.opened.size_of(side_files),
         intermediates=intermediate_steps(chosen.layout, relayout, options),
     )
-    plan = replace(plan, notes=tuple(_notes(plan, chosen, selector, decisions, unnamed)))
+    found = _notes(plan, chosen, selector, decisions, unnamed, loading=loading)
+    plan = replace(plan, notes=tuple(found))
     return Planned(plan, PlanSource(source, relayout))
 
 
@@ -203,7 +208,7 @@ def _check_decisions(
 
 def _plan_layers(
     selector: TargetSelector, decisions: Sequence[LayerDecision]
-) -> tuple[list[LayerPlan], Sequence[Step], list[Note]]:
+) -> tuple[list[LayerPlan], list[Step], list[Note]]:
     """The layers, their steps, and notes on the statistics file.
 
     Where one is given, the steps have the importance of each input.
@@ -225,11 +230,8 @@ def _plan_layers(
     shapes = {x.layer: x.shape for x in layers}
     weighted = attach_importance(steps, shapes, statistics, options.gptq)
     layers = [replace(x, reason=x.reason or weighted.reasons.get(x.layer)) for x in layers]
-    return (
-        layers,
-        weighted.steps,
-        [*weighted.notes(statistics, is_calibrated=options.calibrate is not None)],
-    )
+    found = weighted.notes(statistics, is_calibrated=options.calibrate is not None)
+    return layers, list(weighted.steps), [*found]
 
 
 def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> LayerPlan:
@@ -253,14 +255,35 @@ def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> L
         layer=layer.path,
         shape=layer.shape,
         source=layer.stored_as,
-        target=describe_encoding(target, dtype),
+        target=shared(describe_encoding(target, dtype)),
         treatment=treatment,
         exactness=worst.exactness,
         nbytes=sum(tensor.info.nbytes for tensor in outputs),
         is_weight=layer.is_weight,
         reason=reason,
-        bound=worst.bound,
+        bound=shared(worst.bound),
     )
+
+
+def _loader_notes(
+    layers: Sequence[LayerPlan],
+    steps: Sequence[Step],
+    config: Mapping[str, Any],
+    chosen: LayoutResult,
+    options: ConvertOptions,
+) -> list[Note]:
+    """Notes on what loaders make of the source's names; none under a library's layout."""
+    if chosen.relayout is not None:
+        return []
+    infos = {tensor.name: tensor.info for step in steps for tensor in step.outputs.values()}
+    return [
+        *loader_notes(
+            layers,
+            config,
+            lambda: why_unloadable(config, infos),
+            lambda: other_layout(chosen, options).library,
+        )
+    ]
 
 
 def _notes(
@@ -269,6 +292,8 @@ def _notes(
     selector: TargetSelector,
     decisions: Sequence[LayerDecision],
     unnamed: UnnamedMatrices | None,
+    *,
+    loading: Sequence[Note],
 ) -> Iterator[Note]:
     """All notes in the order in which they are printed; those that ``plan`` has come last."""
     options = selector.options
@@ -279,13 +304,6 @@ def _notes(
         yield Note(NoteCode.LAYOUT_KEPT, text)
     yield from (*chosen.notes, *chosen.checkpoint.notes, *chosen.layout.notes, *selector.notes)
     yield from plan_notes(selector, decisions, plan.layers, plan.steps)
-    if chosen.relayout is None:
-        infos = {tensor.name: tensor.info for shard in plan.shards for tensor in shard.tensors}
-        yield from loader_notes(
-            plan.layers,
-            plan.config,
-            lambda: why_unloadable(plan.config, infos),
-            lambda: other_layout(chosen, options).library,
-        )
+    yield from loading
     yield from nothing_quantized(selector, decisions)
     yield from plan.notes

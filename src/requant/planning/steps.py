@@ -10,7 +10,8 @@ from dataclasses import replace
 from math import lcm, prod
 
 from requant.checkpoints.checkpoint import ComputedTensor, SourceTensor
-from requant.core.dtypes import FLOATS, TensorInfo
+from requant.core.dtypes import FLOATS, TensorInfo, shared_info
+from requant.core.sharing import shared
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import RowOrder, RowRange
 from requant.formats.widening import stored_rows, widened
@@ -87,21 +88,17 @@ def _packed_steps(
         own = {role: part.info.dtype for role, part in layer.parts.items() if role != "weight"}
         outputs |= {role: TensorInfo(x, outputs[role].shape) for role, x in own.items()}
     names = {"weight": layer.dense_name} if target is None else {}
-    encode = None if target is None else EncodeParams(target=target, search=options.search)
+    encode = None
+    if target is not None:
+        encode = shared(EncodeParams(target=target, search=options.search))
     output_row = 0
-    for run in layer.row_ranges or (RowRange(replace(layer, packing=packing), 0, packing.rows),):
+    whole = layer if layer.packing is packing else replace(layer, packing=packing)
+    for run in layer.row_ranges or (RowRange(whole, 0, packing.rows),):
         operation, rows_packing = _operation_on(layer, run, target)
         yield Step(
             layer=layer.path,
             operation=operation,
-            rows=RowMapping(
-                count=run.count,
-                columns=packing.columns,
-                first=run.start,
-                step=run.step,
-                output_row=output_row,
-                order=run.layer.row_order,
-            ),
+            rows=_row_mapping(run, packing.columns, output_row),
             inputs=run.layer.parts,
             outputs={
                 role: OutputTensor(names.get(role, f"{layer.path}.{role}"), x)
@@ -132,6 +129,19 @@ def _operation_on(
     if encoding is None or not (alone or layer.keeps_codes(target)):
         return Operation.RECODE, packing
     return Operation.REPACK, widened(packing, encoding, target)
+
+
+def _row_mapping(run: RowRange, columns: int, output_row: int) -> RowMapping:
+    order = run.layer.row_order
+    mapping = RowMapping(
+        count=run.count,
+        columns=columns,
+        first=run.start,
+        step=run.step,
+        output_row=output_row,
+        order=order,
+    )
+    return shared(mapping) if order is None else mapping
 
 
 def with_global_scale(decisions: Iterable[LayerDecision]) -> frozenset[str]:
@@ -193,13 +203,14 @@ def output_tensor_infos(
         quantization: The target, whose group size divides ``in_features``; None for dense.
     """
     if quantization is None:
-        return {"weight": TensorInfo(dtype, shape)}
+        return {"weight": shared_info(dtype, shape)}
     *leading, n_in = shape
     groups = (*leading, n_in // quantization.group_size)
-    infos = {"weight": TensorInfo("U32", (*leading, n_in * quantization.bits // 32))}
+    infos = {"weight": shared_info("U32", (*leading, n_in * quantization.bits // 32))}
     if quantization.mode is QuantMode.AFFINE:
-        return infos | {"scales": TensorInfo(dtype, groups), "biases": TensorInfo(dtype, groups)}
-    return infos | {"scales": TensorInfo("U8", groups)}
+        scales = shared_info(dtype, groups)
+        return infos | {"scales": scales, "biases": scales}
+    return infos | {"scales": shared_info("U8", groups)}
 
 
 def _copy_or_cast_step(
