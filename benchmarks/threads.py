@@ -1,14 +1,15 @@
 """Throughput of conversions with 1, 2, 4, ... threads, relative to one thread.
 
 Six kinds of work: bfloat16 to affine, mxfp4, nvfp4 and with ``--search best``, an AutoAWQ folder
-that is repacked, and DeepSeek's FP8 to affine; each to 4 bits. The row "copy" reads the source of
-the first kind and writes as many bytes as its output has, with as many threads: no conversion can
-be faster where the disk is the limit. Each round runs every number of threads one after another;
-printed are medians. A conversion is timed in a process of its own, after the imports.
+that is repacked, and DeepSeek's FP8 to affine; each to 4 bits. A row "copy" reads a source and
+writes as many bytes as its output has into one file, with as many threads: no conversion is faster
+where the disk is the limit. Each round runs every number of threads one after another; printed are
+medians. A conversion is timed in a process of its own, after the imports.
 
     python benchmarks/threads.py                          1, 2, 4, ... as many as processors
     python benchmarks/threads.py --folder /dev/shm        files in memory
     python benchmarks/threads.py --kinds affine best --threads 1 2 --layers 4
+    python benchmarks/threads.py --against OTHER/src      another version in turns with this one
 """
 
 from __future__ import annotations
@@ -114,10 +115,11 @@ def weights_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def timed(code: str, *arguments: object) -> tuple[float, float]:
-    """Seconds, and seconds of processor time, that a child reports."""
+def timed(code: str, *arguments: object, source: Path | None = None) -> tuple[float, float]:
+    """Seconds, and seconds of processor time, that a child reports; ``source`` is its requant."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    env = os.environ | ({} if source is None else {"PYTHONPATH": str(source.absolute())})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=env)
     if done.returncode:
         sys.exit(f"a child failed: {done.returncode}")
     wall, cpu = map(float, done.stdout.split())
@@ -132,16 +134,51 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def table(runs: dict[int, list[tuple[float, float]]], nbytes: int, name: str) -> None:
-    """Print a row: GB/s of the source with one thread, then ratios; processor time in brackets."""
-    walls = {threads: statistics.median(wall for wall, _ in each) for threads, each in runs.items()}
-    cpus = {threads: statistics.median(cpu for _, cpu in each) for threads, each in runs.items()}
+Runs = dict[int, list[tuple[float, float]]]
+"""Number of threads -> seconds and processor seconds of each run."""
+
+
+def row(runs: Runs, nbytes: int, name: str) -> None:
+    """Print a row: GB/s and CPU seconds with the fewest threads, then ratios to them."""
+    walls, cpus = (
+        {threads: statistics.median(run[n] for run in each) for threads, each in runs.items()}
+        for n in (0, 1)
+    )
     first = next(iter(walls))
     ratios = "".join(
-        f"{walls[first] / wall:8.2f} ({cpus[threads] / cpus[first]:4.2f})"
-        for threads, wall in walls.items()
+        f"{walls[first] / walls[threads]:8.2f} ({cpus[threads] / cpus[first]:4.2f})"
+        for threads in walls
     )
-    print(f"{name:8}{nbytes / 1e9:7.2f}{nbytes / 1e9 / walls[first]:8.2f}{ratios}", flush=True)
+    speed = nbytes / 1e9 / walls[first]
+    print(f"{name:14}{nbytes / 1e9:6.2f}{speed:7.2f}{cpus[first]:7.2f}{ratios}", flush=True)
+
+
+def conversions(
+    kind: Kind, source: Path, output: Path, args: argparse.Namespace
+) -> tuple[dict[str, Runs], int]:
+    """Runs of each version, and the bytes of an output."""
+    versions = {"": None} | ({} if args.against is None else {" before": args.against})
+    found: dict[str, Runs] = {name: {n: [] for n in args.threads} for name in versions}
+    nbytes = 0
+    for _ in range(args.runs):
+        for threads in args.threads:
+            options = json.dumps({**kind.options, "threads": threads})
+            for name, version in versions.items():
+                run = timed(_CONVERT, source, output, options, source=version)
+                found[name][threads].append(run)
+                nbytes = weights_in(output)
+                remove(output)
+    return found, nbytes
+
+
+def copies(source: Path, output: Path, nbytes: int, args: argparse.Namespace) -> Runs:
+    """Runs that read the source and write ``nbytes``."""
+    found: Runs = {threads: [] for threads in args.threads}
+    for _ in range(args.runs):
+        for threads in args.threads:
+            found[threads].append(timed(_COPY, source, output, threads, nbytes))
+            remove(output)
+    return found
 
 
 def main() -> None:
@@ -154,36 +191,28 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, help="16: 2.1 GB of bfloat16")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work")
+    parser.add_argument("--against", type=Path, help="the src folder of another version")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         output = Path(place) / "out"
-        print(
-            f"requant {requant.__version__}, {processors} processors, load {os.getloadavg()[0]:.1f}"
-        )
-        print(f"{'':8}{'GB':>7}{'GB/s':>8}", end="")
+        load = os.getloadavg()[0]
+        print(f"requant {requant.__version__}, {processors} processors, load {load:.1f}")
+        print(f"{'':14}{'GB':>6}{'GB/s':>7}{'CPU s':>7}", end="")
         print("".join(f"{threads:8} ( CPU)" for threads in args.threads))
-        sizes: dict[str, int] = {}
+        written: dict[str, int] = {}
         for name in args.kinds:
             kind = KINDS[name]
             source = Path(place) / kind.source
             if not source.exists():
                 kind.make(source, args.layers)
                 os.sync()
-            runs: dict[int, list[tuple[float, float]]] = {threads: [] for threads in args.threads}
-            for _ in range(args.runs):
-                for threads in args.threads:
-                    options = json.dumps({**kind.options, "threads": threads})
-                    runs[threads].append(timed(_CONVERT, source, output, options))
-                    sizes.setdefault(name, weights_in(output))
-                    remove(output)
-            table(runs, weights_in(source), name)
-        source = Path(place) / KINDS[args.kinds[0]].source
-        runs = {threads: [] for threads in args.threads}
-        for _ in range(args.runs):
-            for threads in args.threads:
-                runs[threads].append(timed(_COPY, source, output, threads, sizes[args.kinds[0]]))
-                remove(output)
-        table(runs, weights_in(source), "copy")
+            found, nbytes = conversions(kind, source, output, args)
+            for version, runs in found.items():
+                row(runs, weights_in(source), f"{name}{version}")
+            if kind.source not in written:
+                written[kind.source] = nbytes
+                runs = copies(source, output, nbytes, args)
+                row(runs, weights_in(source), f"copy of {kind.source}")
 
 
 if __name__ == "__main__":

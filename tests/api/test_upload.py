@@ -276,7 +276,7 @@ def test_a_conversion_that_deletes_its_source_is_named_when_it_resumes(
     options = {"bits": 6, "layout": "keep", "consume_source": True, "yes": True}
     with monkeypatch.context() as patched, pytest.raises(Stop):
         stop_after(patched, 75)
-        requant.convert(source, tmp_path / "out", chunk_bytes=1 << 14, threads=1, **options)
+        requant.convert(source, tmp_path / "out", chunk_bytes=1 << 12, threads=1, **options)
     assert 0 < len(list(source.glob("*.safetensors"))) < 4
     name = publishing.planned_name("me/", source, tmp_path / "out", **options)
     assert name == f"me/{source.name}-6bit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from requant.errors import Problem
@@ -31,7 +31,8 @@ class LayerStats:
     def nonzero_fields(self) -> dict[str, Any]:
         """The fields that are not zero."""
         zero = LayerStats()
-        return {k: v for k, v in asdict(self).items() if v != getattr(zero, k)}
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {name: value for name, value in values.items() if value != getattr(zero, name)}
 
     @property
     def is_not_a_number(self) -> bool:

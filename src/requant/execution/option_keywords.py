@@ -147,7 +147,7 @@ class _OfConvertLoad(TypedDict, total=False):
     allow_overflow: bool
     """Let values that a cast to ``dtype`` cannot hold become infinite."""
     chunk_bytes: int | None
-    """Bytes of one worker's chunk; the result does not depend on it."""
+    """Bytes that one worker takes and holds at a time; the result does not depend on it."""
 
 
 class ConvertKeywords(_OfConvertPlanLoad, _OfConvertPlan, _OfConvert, _OfConvertLoad, total=False):

@@ -32,7 +32,7 @@ class Operation(StrEnum):
     CAST = "cast"  # each value rounded to another dtype
     ENCODE = "encode"  # dense rows -> codes, scales, biases
     DECODE = "decode"  # codes, scales, biases -> dense rows
-    RECODE = "recode"  # decode, then encode, without leaving the chunk
+    RECODE = "recode"  # decode, then encode, without leaving the worker
     REPACK = "repack"  # codes of another layout -> MLX's words, scales, biases
 
 

@@ -421,7 +421,7 @@ class RunOptions:
     )
     chunk_bytes: int | None = option(
         types.SIZE,
-        doc="Bytes of one worker's chunk; the result does not depend on it.",
+        doc="Bytes that one worker takes and holds at a time; the result does not depend on it.",
         functions=("convert", "load"),
         commands=(),
     )
