@@ -16,6 +16,9 @@ extern const Kernels kernels_baseline;
 namespace {
 
 using requant::Dtype;
+using requant::EncodingError;
+using requant::Mode;
+using requant::Target;
 
 const requant::Kernels& kernels = requant::kernels_baseline;
 
@@ -218,16 +221,24 @@ void values(const Format& a) {
     const size_t overflows = kernels.cast({x.data(), a.dtype}, count, {y.data(), b.dtype});
     print("cast_overflows", pair.c_str(), 0, 0, overflows);
     print("cast", pair.c_str(), 0, 0, hash_values(y, b));
-    y = weights(b);  // about 1 only, where the sums stay finite
-    std::vector<float> most(kCols / 32);
-    double sums[2] = {};
-    const size_t at = size_t(kCols);
-    for (int repeat = 0; repeat < kRepeats; repeat++) {
-      const size_t row = (size_t(repeat) * kFamilies + 1) * at;
-      kernels.group_errors({&x[row * a.bytes()], a.dtype}, {&y[row * b.bytes()], b.dtype}, at, 32, most.data(), sums);
-      print("group_errors", pair.c_str(), repeat, 0, hash(most.data(), most.size() * 4) ^ hash(sums, sizeof sums));
-    }
   }
+}
+
+void measures(const Format& f) {
+  const std::vector<uint8_t> x = weights(f);
+  const Target targets[] = {{Mode::Affine, 64, 4}, {Mode::Affine, 32, 8}, {Mode::Mx, 32, 4}, {Mode::Mx, 32, 8},
+                            {Mode::Nvfp4, 16, 4}};
+  for (const Target& target : targets)
+    for (int repeat = 0; repeat < kRepeats; repeat++) {
+      const size_t row = (size_t(repeat) * kFamilies + 1) * size_t(kCols);  // about 1, where sums stay finite
+      std::vector<uint32_t> words(kCols / 4);
+      std::vector<float> scales(kCols / 16), biases(kCols / 16);
+      EncodingError error{};
+      kernels.quantize_measured({&x[row * f.bytes()], f.dtype, 1, kCols}, target,
+                                {words.data(), scales.data(), biases.data()}, error);
+      const uint64_t sums = hash(&error.sums, sizeof error.sums), most = hash(&error.max_steps, sizeof error.max_steps);
+      print("measure", f.name, int(target.mode) * 100 + target.group_size, target.bits * 10 + repeat, sums ^ most * 3);
+    }
 }
 
 void packing() {
@@ -316,6 +327,7 @@ int main() {
     float_modes(f);
     searches(f);
     values(f);
+    measures(f);
     for (const Format& b : kFormats) mixed(f, b);
     decoding(f);
   }

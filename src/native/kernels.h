@@ -229,8 +229,6 @@ struct Kernels {
   size_t (*cast)(ConstValues src, size_t count, Values dst);
   size_t (*count_nonfinite)(ConstValues w, size_t count);
   ptrdiff_t (*first_nonfinite)(ConstValues w, size_t count);
-  // sums: of (a - b)^2, and of a^2; group_max: the largest |a - b| of each group.
-  void (*group_errors)(ConstValues a, ConstValues b, size_t count, size_t group_size, float* group_max, double* sums);
 
   // Codes repacked (repack.h). (rows, cols) to (cols, rows).
   void (*transpose)(const Elements& src, void* out);

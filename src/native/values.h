@@ -138,12 +138,4 @@ void add_group_errors(const typename A::Stored* REQUANT_RESTRICT a, const typena
   }
 }
 
-template <class A, class B, size_t group_size>
-void group_errors(const void* a, const void* b, size_t count, float* group_max, double* out) {
-  requant::ErrorSums sums = {};
-  add_group_errors<A, B, group_size>(static_cast<const typename A::Stored*>(a),
-                                     static_cast<const typename B::Stored*>(b), count / group_size, group_max, sums);
-  total_errors(sums, out);
-}
-
 }  // namespace

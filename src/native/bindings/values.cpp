@@ -33,26 +33,6 @@ ptrdiff_t first_nonfinite(In w, const std::string& dtype) {
   return run([&] { return kernels().first_nonfinite({w.data(), t}, w.size()); });
 }
 
-std::tuple<double, double> group_errors(In a, const std::string& a_dtype, In b, const std::string& b_dtype,
-                                        int group_size, Out group_max) {
-  const Dtype s = dtype_of(a_dtype), t = dtype_of(b_dtype);
-  check_layout(a, "a", bits_of(s));
-  check_layout(b, "b", bits_of(t));
-  check_layout(group_max, "group_max", 32);
-  if (shape_of(a) != shape_of(b))
-    throw_value_error("b: expected shape " + to_string(shape_of(a)) + ", got " + to_string(shape_of(b)));
-  if (group_size != 16 && group_size != 32 && group_size != 64 && group_size != 128)
-    throw_value_error("group_size: expected 16, 32, 64 or 128, got " + std::to_string(group_size));
-  if (group_max.size() * size_t(group_size) != a.size())
-    throw_value_error("group_max: expected one value a group of " + std::to_string(group_size) + ", got " +
-                      to_string(shape_of(group_max)));
-  double out[2];
-  run([&] {
-    kernels().group_errors({a.data(), s}, {b.data(), t}, a.size(), size_t(group_size), data<float>(group_max), out);
-  });
-  return {out[0], out[1]};
-}
-
 }  // namespace
 
 void init_values(nb::module_& m) {
@@ -61,9 +41,6 @@ void init_values(nb::module_& m) {
   m.def("count_nonfinite", &count_nonfinite, "w"_a.noconvert(), "dtype"_a, "The number of infinities and NaNs.");
   m.def("first_nonfinite", &first_nonfinite, "w"_a.noconvert(), "dtype"_a,
         "Flat index of the first infinity or NaN, or -1.");
-  m.def("group_errors", &group_errors, "a"_a.noconvert(), "a_dtype"_a, "b"_a.noconvert(), "b_dtype"_a, "group_size"_a,
-        "group_max"_a.noconvert(),
-        "Writes the largest |a - b| of each group (float32 bits); returns the sums of (a - b)^2 and of a^2.");
 }
 
 }  // namespace requant::bindings
