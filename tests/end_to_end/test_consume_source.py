@@ -72,7 +72,7 @@ def test_stopped_anywhere_it_resumes(
     source: Path, tmp_path: Path, chunks: int, boot: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(source, tmp_path / "whole", bits=4)
-    small = {"bits": 4, "threads": 1, "chunk_bytes": 9000}
+    small = {"bits": 4, "threads": 1, "chunk_bytes": 3000}
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 10**6)  # the first pass computes everything
         counted = count_of_a_pass(source, tmp_path, small)

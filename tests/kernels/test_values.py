@@ -149,14 +149,6 @@ def lanes_sum(squares):
     return sum(total.tolist(), start=0.0)
 
 
-def test_first_row_that_is_not_a_number():
-    w = np.ones((5, 96), ml_dtypes.bfloat16)
-    assert (values.first_nonfinite_row(w), values.count_nonfinite(w)) == (None, 0)
-    w[3, 95] = np.nan
-    w[4, 0] = np.inf
-    assert (values.first_nonfinite_row(w), values.count_nonfinite(w)) == (3, 2)
-
-
 @pytest.mark.parametrize("dst", DTYPES)
 def test_cast_into_counts_overflows(dst):
     """From float64 too, which NumPy rounds."""

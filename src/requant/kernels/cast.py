@@ -35,12 +35,6 @@ def count_nonfinite(values: Array) -> int:
     return int(_native.count_nonfinite(_bits(values), _name(values)))
 
 
-def first_nonfinite_row(values: Array) -> int | None:
-    """The first row of a matrix that holds NaN or infinity, or None."""
-    index = int(_native.first_nonfinite(_bits(values), _name(values)))
-    return None if index < 0 else index // values.shape[-1]
-
-
 def _bits(values: Array) -> Array:
     return as_unsigned(values.reshape(-1))
 

@@ -1,0 +1,210 @@
+"""Rows from files to files give the bytes and statistics of rows that pass through arrays."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from requant.checkpoints.checkpoint import OpenedSource, SourceFile, StoredTensor
+from requant.core.dtypes import HEADER_NAME, TensorInfo
+from requant.errors import CheckpointError, OutputError
+from requant.execution.chunks import Chunk
+from requant.execution.direct import DirectRows, is_direct
+from requant.execution.hessian_cache import HessianCache
+from requant.execution.layer_stats import LayerStats
+from requant.execution.operations import WorkerBuffers, make_outputs
+from requant.execution.source_reader import SourceReader
+from requant.packings.floats import Float8
+from requant.planning.plan import EncodeParams, Operation, OutputTensor, RowMapping, Step
+from requant.quantization.config import Quantization
+
+BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
+TARGET = Quantization.affine(32, 4)
+ROWS, COLUMNS, MATRIX = 21, 96, 7
+GAP = 24  # bytes before each tensor of the source
+
+
+class Weights:
+    """Statistics of some matrices."""
+
+    def weights(self, matrix: int) -> np.ndarray:
+        return (np.linspace(0, 1, COLUMNS) ** (1 + 3 * matrix)).astype(np.float32)
+
+
+class Shards:
+    """One open file."""
+
+    def __init__(self, fd: int) -> None:
+        self.only = fd
+
+    def fd(self, file: str) -> int:
+        return self.only
+
+    def write_error(self, error: OSError) -> OutputError:
+        return OutputError(f"out: {error.strerror}")
+
+
+class Files:
+    """A source with tensors, and a shard for outputs."""
+
+    def __init__(self, folder: Path, tensors: dict[str, np.ndarray]) -> None:
+        data, self.inputs = bytearray(), {}
+        for role, array in tensors.items():
+            data += b"?" * GAP
+            info = TensorInfo(HEADER_NAME[array.dtype], array.shape)
+            self.inputs[role] = StoredTensor(f"w.{role}", info, "in", len(data))
+            data += array.tobytes()
+        (folder / "in").write_bytes(data)
+        self.path = folder / "out"
+        self.shard = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        file = SourceFile("in", len(data), "")
+        self.reader = SourceReader([file], OpenedSource(folder), (), ())
+        self.reader.__enter__()
+
+    def close(self) -> None:
+        self.reader.__exit__()
+        os.close(self.shard)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[Any]:
+    opened: list[Files] = []
+
+    def make(**tensors: np.ndarray) -> Files:
+        opened.append(Files(tmp_path, tensors))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+def step_of(files: Files, operation: Operation, outputs: dict[str, TensorInfo]) -> Step:
+    """A step over all rows of a stack of three matrices."""
+    placed, offset = {}, 64
+    for role, info in outputs.items():
+        placed[role] = OutputTensor(f"w.{role}", info, "out", offset)
+        offset += info.nbytes + 8
+    importance: Any = Weights()
+    params = EncodeParams(target=TARGET, search="fast", importance=importance)
+    return Step(
+        layer="w",
+        operation=operation,
+        rows=RowMapping(count=ROWS, columns=COLUMNS),
+        inputs=files.inputs,
+        outputs=placed,
+        encode=params if operation in (Operation.ENCODE, Operation.RECODE) else None,
+        dtype="BF16",
+    )
+
+
+def codes(matrices: int = 3) -> dict[str, TensorInfo]:
+    """The outputs of a stack."""
+    groups = TensorInfo("BF16", (matrices, MATRIX, COLUMNS // 32))
+    words = TensorInfo("U32", (matrices, MATRIX, COLUMNS // 8))
+    return {"weight": words, "scales": groups, "biases": groups}
+
+
+def compare(files: Files, step: Step, inputs: dict[str, np.ndarray], rows: slice) -> LayerStats:
+    """Run rows of a step both ways; returns the statistics."""
+    unit = Chunk(step, rows.start, rows.stop)
+    assert is_direct(step)
+    outputs, expected = make_outputs(unit, inputs, WorkerBuffers(HessianCache(1)))
+    made, read, written = DirectRows(files.reader, Shards(files.shard), 300).run(unit)
+    image = files.path.read_bytes()
+    for role, out in step.outputs.items():
+        row_bytes = out.info.nbytes // (out.info.size // out.info.shape[-1])
+        at = out.offset + (step.rows.output_row + rows.start) * row_bytes
+        data = outputs[role].tobytes()
+        if not made.nonfinite:
+            assert image[at : at + len(data)] == data, role
+    assert written == sum(array.nbytes for array in outputs.values())
+    assert read == inputs["weight"].nbytes
+    if not made.nonfinite:  # else the errors are of other blocks
+        assert made.squared_error == pytest.approx(expected.squared_error, rel=1e-6)
+        assert made.max_error_steps == expected.max_error_steps
+    same = {"squared_error": 0.0, "squared_values": 0.0, "max_error_steps": 0.0}
+    assert replace(made, **same) == replace(expected, **same)
+    return made
+
+
+def values() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(BF16)
+
+
+def test_matrices_of_a_stack_have_their_own_weights(files: Any) -> None:
+    """Rows 5 to 15 are of all three matrices."""
+    w = values()
+    made = files(weight=w)
+    step = step_of(made, Operation.ENCODE, codes())
+    assert not compare(made, step, {"weight": w[5:15]}, slice(5, 15)).nonfinite
+
+
+def test_the_first_row_that_is_not_a_number(files: Any) -> None:
+    w = values()
+    w[9, 4] = w[14, 0] = np.nan
+    made = files(weight=w)
+    step = step_of(made, Operation.ENCODE, codes())
+    found = compare(made, step, {"weight": w[5:15]}, slice(5, 15))
+    assert (found.nonfinite, found.first_nonfinite_row) == (2, 4)
+
+
+@pytest.mark.parametrize("operation", [Operation.COPY, Operation.CAST])
+def test_rows_that_stay_dense(files: Any, operation: Operation) -> None:
+    w = values()
+    made = files(weight=w)
+    dtype = "BF16" if operation is Operation.COPY else "F32"
+    step = step_of(made, operation, {"weight": TensorInfo(dtype, (21, COLUMNS))})
+    compare(made, step, {"weight": w[5:15]}, slice(5, 15))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_bytes_with_scales_of_blocks(files: Any, damaged: bool) -> None:
+    """Blocks of 4 rows and 64 columns: two by two a matrix. The output has one more matrix."""
+    stored = values().astype(E4M3)
+    scales = np.linspace(0.5, 2, 12, dtype=np.float32).reshape(6, 2)
+    if damaged:
+        scales[3, 1] = np.inf
+    made = files(weight=stored, scale=scales)
+    packing = Float8(ROWS, COLUMNS, MATRIX, (4, 64), 2)
+    step = step_of(made, Operation.RECODE, codes(4))
+    rows = replace(step.rows, output_row=MATRIX)
+    step = replace(step, packing=packing, rows=rows)
+    inputs = {"weight": stored[8:14], "scale": scales[2:4]}
+    found = compare(made, step, inputs, slice(8, 14))  # rows of the second matrix
+    assert bool(found.damaged) == bool(found.nonfinite) == damaged
+
+
+def test_a_source_that_was_cut(files: Any) -> None:
+    made = files(weight=values())
+    step = step_of(made, Operation.COPY, {"weight": TensorInfo("BF16", (21, COLUMNS))})
+    os.truncate(made.path.with_name("in"), GAP + 1000)
+    direct = DirectRows(made.reader, Shards(made.shard), 300)
+    with pytest.raises(CheckpointError, match="in: ends at byte 1,024: it was cut while"):
+        direct.run(Chunk(step, 0, ROWS))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_a_disk_that_is_full(files: Any) -> None:
+    made = files(weight=values())
+    step = step_of(made, Operation.COPY, {"weight": TensorInfo("BF16", (21, COLUMNS))})
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with pytest.raises(OutputError, match="out: No space left"):
+            DirectRows(made.reader, Shards(full), 300).run(Chunk(step, 0, ROWS))
+    finally:
+        os.close(full)
+
+
+def test_rows_in_another_order_pass_through_arrays(files: Any) -> None:
+    from requant.formats.base import RowOrder
+
+    made = files(weight=values())
+    step = step_of(made, Operation.COPY, {"weight": TensorInfo("BF16", (21, COLUMNS))})
+    order = RowOrder.of(np.arange(ROWS)[::-1].copy())
+    assert not is_direct(replace(step, rows=replace(step.rows, order=order)))
