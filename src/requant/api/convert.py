@@ -46,7 +46,7 @@ from requant.quantization.config import Quantization
 from requant.quantization.option_signatures import read_arguments, takes_options
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.recipe_files import to_toml
-from requant.reports.report import Report, layer_errors
+from requant.reports.report import Report, layer_errors, rounding_errors
 from requant.sources.hub_repository import Repository, find_repository, open_source, read_source
 from requant.sources.open import as_checkpoint
 from requant.text import os_error_text
@@ -173,7 +173,8 @@ def convert(
         ) as sink:
             attempt = run_once(planned, sink, options, run)
             if not attempt.problems:
-                sink.publish(layer_errors(planned.plan, attempt.result))
+                measured = (planned.plan, attempt.result)
+                sink.publish(layer_errors(*measured), rounding_errors(*measured))
                 break
         # Left without an error and unpublished, the folder has deleted its staging files.
         options = options_for_retry(planned.plan, attempt, options, run)
