@@ -158,8 +158,8 @@ _SOURCE = (
     "on the hub."
 )
 _TEXTS = (
-    "Text to read (.txt, or .jsonl with a text a line); may be given again. By default a short "
-    "one in English and Python that comes with requant."
+    "Text to read (.txt, or .jsonl with a text a line); may be given again. By default what comes "
+    "with requant: documentation and code, and short pieces on many subjects."
 )
 _TEXT = "Evaluate both on this text (.txt, or .jsonl with a text a line); needs mlx-lm."
 _PREVIEW = "Print the model card and the files; upload nothing."
