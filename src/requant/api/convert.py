@@ -209,7 +209,23 @@ def calibration_cost(
     options, run = read_arguments("plan", quantization, arguments)
     if options.calibrate is None:
         return None
+    remote = find_repository(source, run.revision, options.vision_part)
+    if not _has_search(_plan_without_statistics(source, remote, options)):
+        return None
     return cost_of_calibration(source, options, run.revision)
+
+
+def _plan_without_statistics(
+    source: Source, remote: Repository | None, options: ConvertOptions
+) -> Plan:
+    """The plan before anything is calibrated or measured."""
+    checkpoint = read_source(source, remote, options.config_from, options.vision_part)
+    return make_plan(checkpoint, without_budget(options), is_trial=True)
+
+
+def _has_search(plan: Plan) -> bool:
+    """Whether scales of some layer are searched for, which statistics can weight."""
+    return any(step.search != "off" for step in plan.steps)
 
 
 def _with_statistics(
@@ -228,10 +244,9 @@ def _with_statistics(
             "--consume-source deletes what --calibrate reads: requant calibrate SOURCE -o "
             "stats.safetensors first, then --imatrix stats.safetensors with --consume-source"
         )
-    checkpoint = read_source(source, remote, options.config_from, options.vision_part)
-    first = make_plan(checkpoint, without_budget(options), is_trial=True)
+    first = _plan_without_statistics(source, remote, options)
     check_output(first, output, run.force, staged_bytes(output))
-    if all(step.search == "off" for step in first.steps):
+    if not _has_search(first):
         return replace(options, calibrate=None, gptq=False, quality=None)
     statistics = collect_statistics(source, output, options, run)
     return replace(options, statistics=str(statistics))
