@@ -254,16 +254,19 @@ def _rounding_error(
     strided = _StridedOutput(exact, step.rows.step, rows[1] - rows[0], buffers)
     packing.repack(inputs, *rows, strided.wide, buffers)
     strided.copy_selected_rows()
-    for row in range(-chunk.start % _MEASURED, chunk.rows, _MEASURED):
-        decoded = []
-        for tensors in (outputs, exact):
-            values_of_row = np.empty((1, step.rows.columns), np.float32)
-            parts = {role: np.ascontiguousarray(x[row : row + 1]) for role, x in tensors.items()}
-            native.decode_into(QuantizedTensors.from_roles(parts), step.repack, values_of_row)
-            decoded.append(values_of_row[0].astype(np.float64))
-        error = decoded[0] - decoded[1]
-        stats.squared_error += float(error @ error)
-        stats.squared_values += float(decoded[1] @ decoded[1])
+    measured = slice(-chunk.start % _MEASURED, None, _MEASURED)
+    count = len(range(*measured.indices(chunk.rows)))
+    if not count:
+        return stats
+    decoded = []
+    for tensors in (outputs, exact):
+        found = np.empty((count, step.rows.columns), np.float32)
+        parts = {role: np.ascontiguousarray(x[measured]) for role, x in tensors.items()}
+        native.decode_into(QuantizedTensors.from_roles(parts), step.repack, found)
+        decoded.append(found)
+    decoded[0] -= decoded[1]
+    sums = [float(np.einsum("ij,ij->", x, x, dtype=np.float64)) for x in decoded]
+    stats.squared_error, stats.squared_values = sums
     return stats
 
 
