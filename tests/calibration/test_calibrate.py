@@ -26,6 +26,7 @@ from requant.calibration.text_model import TextModel
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.importance.reader import read_statistics
 from requant.importance.statistics_file import Importance
+from requant.mlx_lm.evaluation import read_documents
 from requant.nn.blas_products import blas_products
 from requant.planning.planner import plan_with_source
 from requant.quantization.options import ConvertOptions
@@ -477,6 +478,13 @@ def test_each_file_and_all_of_a_long_one_have_their_share(tmp_path: Path, monkey
     assert len({*letters[letters < 97].tolist()}) > 3
     again = windows.windows_of(_Letters(), [long, other], 800, 10, 0).ravel()
     assert (letters == again).all()
+
+
+def test_the_texts_that_come_with_requant() -> None:
+    """Are read whole, are small, and hold other scripts than Latin."""
+    texts = ["".join(read_documents(path)) for path in windows.texts_of(None)]
+    assert len(texts) == 2 and sum(len(text.encode()) for text in texts) < 300_000
+    assert all(letter in texts[1] for letter in "öéñçłğм月の김عह")
 
 
 def test_inputs_that_are_not_numbers_are_named(text: Path, tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ def test_nothing_is_calibrated_where_nothing_is_searched(
     monkeypatch.delattr(calibration, "run")
     requant.convert(tmp_path / "quantized", tmp_path / "out", calibrate=text)
     assert read_figures(tmp_path / "out").options.calibrate is None
+    assert conversion.calibration_cost(tmp_path / "quantized", calibrate=text) is None
+    assert conversion.calibration_cost(LLAMA, calibrate=text) is not None
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 import requant
@@ -148,12 +147,17 @@ def test_in_a_section(key: str, tmp_path: Path) -> None:
 
 
 def test_values_are_mlx_s(tmp_path: Path) -> None:
+    """In the dtype of the scales, and in float32 with the scales in float32."""
     source = folder(tmp_path / "source", DEFAULT | {"up": {"bits": 6}}, UP["affine-6"])
-    requant.convert(source, tmp_path / "out", layout="keep", dequantize=True, dtype="float32")
     stored = mx.load(str(source / "model.safetensors"))
-    parts = [stored[f"up.{role}"] for role in ("weight", "scales", "biases")]
-    wanted = mx.dequantize(*parts, group_size=64, bits=6).astype(mx.float32)
-    assert np.array_equal(read_folder(tmp_path / "out")["up.weight"], np.array(wanted))
+    words, *pair = (stored[f"up.{role}"] for role in ("weight", "scales", "biases"))
+    for dtype, name in ((pair[0].dtype, None), (mx.float32, "float32")):
+        out = tmp_path / f"out-{name}"
+        requant.convert(source, out, layout="keep", dequantize=True, dtype=name)
+        parts = [x.astype(dtype) for x in pair]
+        wanted = mx.dequantize(words, *parts, group_size=64, bits=6)
+        found = mx.load(str(out / "model.safetensors"))["up.weight"]
+        assert found.dtype == wanted.dtype and bool(mx.array_equal(found, wanted))
 
 
 WRAPPED = {

@@ -52,7 +52,7 @@ from requant.quantization.config import Quantization
 from requant.quantization.option_signatures import read_arguments, takes_options
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.recipe_files import to_toml
-from requant.reports.report import Report, layer_errors
+from requant.reports.report import Report, layer_errors, rounding_errors
 from requant.sources.hub_repository import Repository, find_repository, open_source, read_source
 from requant.sources.open import as_checkpoint
 from requant.text import os_error_text
@@ -204,7 +204,8 @@ def convert_whole(
         ) as sink:
             attempt = run_once(planned, sink, options, run)
             if not attempt.problems:
-                sink.publish(layer_errors(planned.plan, attempt.result))
+                measured = (planned.plan, attempt.result)
+                sink.publish(layer_errors(*measured), rounding_errors(*measured))
                 return planned, attempt.result
         # Left without an error and unpublished, the folder has deleted its staging files.
         options = options_for_retry(planned.plan, attempt, options, run)
@@ -265,7 +266,23 @@ def calibration_cost(
     options, run = read_arguments("plan", quantization, arguments)
     if options.calibrate is None:
         return None
+    remote = find_repository(source, run.revision, vision_part(options))
+    if not _has_search(_plan_without_statistics(source, remote, options)):
+        return None
     return cost_of_calibration(source, options, run.revision)
+
+
+def _plan_without_statistics(
+    source: Source, remote: Repository | None, options: ConvertOptions
+) -> Plan:
+    """The plan before anything is calibrated or measured."""
+    checkpoint = read_source(source, remote, options.config_from, vision_part(options))
+    return make_plan(checkpoint, without_budget(options), is_trial=True)
+
+
+def _has_search(plan: Plan) -> bool:
+    """Whether scales of some layer are searched for, which statistics can weight."""
+    return any(step.search != "off" for step in plan.steps)
 
 
 def _with_statistics(
@@ -284,10 +301,9 @@ def _with_statistics(
             "--consume-source deletes what --calibrate reads: requant calibrate SOURCE -o "
             "stats.safetensors first, then --imatrix stats.safetensors with --consume-source"
         )
-    checkpoint = read_source(source, remote, options.config_from, vision_part(options))
-    first = make_plan(checkpoint, without_budget(options), is_trial=True)
+    first = _plan_without_statistics(source, remote, options)
     check_output(first, output, run.force, staged_bytes(output))
-    if all(step.search == "off" for step in first.steps):
+    if not _has_search(first):
         return replace(options, calibrate=None, gptq=False, quality=None)
     statistics = collect_statistics(source, output, options, run)
     return replace(options, statistics=str(statistics))

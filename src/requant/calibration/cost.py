@@ -12,18 +12,16 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from requant.calibration.block_run import MOST_HESSIAN_BYTES
 from requant.calibration.collector import hessian_bytes
 from requant.importance.layer_names import layer_key, same_input
-from requant.nn.blas_products import on_cpu
+from requant.nn.blas_products import blas_products, on_cpu
 from requant.planning.plan import LayerPlan, Plan
 from requant.text import format_seconds, format_size, pluralize
 
-_SIZE = 1024  # of the square matrices of the measured product
-# Of the time of the products: what else a block computes and writes (SmolLM2-135M on two cores).
-_OVERHEAD = 1.5
+_SIZE = 1024  # tokens and inputs of the measured product; four times as many outputs
+# Times the time of the products: what else a block computes and writes (SmolLM2-135M on a CPU).
+_OVERHEAD = 1.6
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts")
 
 
@@ -128,22 +126,18 @@ def _active(layer: LayerPlan, share: float) -> int:
 
 
 def _operations_per_s() -> float:
-    """Floating-point operations a second of a product on MLX's device, the best of three."""
-    count, times = 2 * _SIZE**3, []
-    for _ in range(3):
-        began = time.perf_counter()
-        if on_cpu():
-            square = np.ones((_SIZE, _SIZE), np.float32)
-            began = time.perf_counter()
-            square @ square
-        else:
-            _multiply_on_device()
-        times.append(time.perf_counter() - began)
-    return count / max(min(times), 1e-9)
-
-
-def _multiply_on_device() -> None:
+    """Floating-point operations a second of a layer's product, as calibration computes it."""
     import mlx.core as mx
+    from mlx.nn.layers.linear import Linear
 
-    square = mx.ones((_SIZE, _SIZE), mx.bfloat16)
-    mx.eval(square @ square)
+    dtype = mx.float32 if on_cpu() else mx.bfloat16
+    layer, x = Linear(_SIZE, 4 * _SIZE, bias=False), mx.ones((1, _SIZE, _SIZE), dtype)
+    layer.set_dtype(dtype)
+    mx.eval(layer.weight, x)
+    times = []
+    with blas_products():
+        for _ in range(3):
+            began = time.perf_counter()
+            mx.eval(layer(x))
+            times.append(time.perf_counter() - began)
+    return 8 * _SIZE**3 / max(min(times), 1e-9)

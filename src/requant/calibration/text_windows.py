@@ -14,17 +14,19 @@ from requant.errors import UsageError
 from requant.mlx_lm.documents import read_documents
 from requant.text import os_error_text
 
-DEFAULT_TEXT = Path(__file__).parent / "assets" / "calibration.txt"
+_ASSETS = Path(__file__).parent / "assets"
+# Documentation and source code; and short pieces on many subjects in many languages.
+DEFAULT_TEXTS = (_ASSETS / "calibration.txt", _ASSETS / "calibration.jsonl")
 _PIECE_CHARS = 1 << 18  # of a longer text, pieces are drawn
 _READ_AHEAD = 8  # times the tokens wanted are read, for windows from all over the text
 
 
 def texts_of(text: Source | Sequence[Source] | None) -> list[Path]:
-    """The files named, or the text that comes with requant."""
+    """The files named, or the texts that come with requant."""
     if text is None:
-        return [DEFAULT_TEXT]
+        return [*DEFAULT_TEXTS]
     named = [text] if isinstance(text, str | os.PathLike) else list(text)
-    return [Path(one) for one in named] or [DEFAULT_TEXT]
+    return [Path(one) for one in named] or [*DEFAULT_TEXTS]
 
 
 def windows_of(

@@ -159,7 +159,8 @@ _SOURCE = (
 )
 _TEXTS = (
     'Text to read (.txt, or .jsonl with a text a line, or an object with "text" and "image"); may '
-    "be given again. By default a short one in English and Python that comes with requant."
+    "be given again. By default what comes with requant: documentation and code, and short pieces "
+    "on many subjects."
 )
 _TEXT = (
     "Evaluate both on this text (.txt, or .jsonl with a text a line, or an object with "

@@ -12,7 +12,7 @@ from requant.cli.table_printer import TablePrinter, without_numbers
 from requant.planning.plan import Treatment
 from requant.planning.release_order import peak_disk_bytes
 from requant.reports.library_usage import command_of
-from requant.text import format_seconds, format_size, join_first, pluralize
+from requant.text import format_percent, format_seconds, format_size, join_first, pluralize
 
 if TYPE_CHECKING:
     from requant.execution.resources import ResourceLimits
@@ -64,6 +64,8 @@ def show_report(report: Report) -> None:
     page.line()
     if report.errors:
         page.line(_error_summary(report.errors))
+    if report.rounding:
+        page.line(_rounding_summary(report.rounding))
     rate = format_size(plan.bytes_in / max(report.elapsed_s, 1e-9))
     nbytes = report.bytes_downloaded
     downloaded = f", {format_size(nbytes)} downloaded" if nbytes else ""
@@ -112,6 +114,16 @@ def _error_summary(errors: Mapping[str, LayerError]) -> str:
     return (
         f"re-encoded with a relative error (rms) of {100 * middle:.2g} % in the median layer, "
         f"{100 * worst:.2g} % in the worst ({ranked[-1]})"
+    )
+
+
+def _rounding_summary(errors: Mapping[str, float]) -> str:
+    """The error of rounded scales: of the median layer, and of the worst with its name."""
+    ranked = sorted(errors, key=lambda layer: errors[layer])
+    middle, worst = (format_percent(errors[ranked[n]]) for n in (len(ranked) // 2, -1))
+    return (
+        f"rounded with a relative error (rms) of {middle} in the median layer, {worst} in the "
+        f"worst ({ranked[-1]})"
     )
 
 

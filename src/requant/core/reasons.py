@@ -126,6 +126,7 @@ class NoteCode(StrEnum):
     ROTATED_INPUTS = "rotated_inputs"
     GLOBAL_SCALES = "global_scales"
     MIXED_DTYPES = "mixed_dtypes"
+    EXACT_DTYPE = "exact_dtype"
     UNLOADABLE_DTYPES = "unloadable_dtypes"
     UNLOADABLE_EXPERTS = "unloadable_experts"
     MODULE_NAMES = "module_names"

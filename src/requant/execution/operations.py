@@ -25,6 +25,7 @@ from requant.planning.plan import EncodeParams, Operation, Step
 from requant.quantization.config import Quantization
 
 Arrays = dict[str, np.ndarray]
+_MEASURED = 16  # of so many rows one is measured for rounding errors
 
 
 class WorkerBuffers:
@@ -130,7 +131,7 @@ def _dequantize(
 ) -> None:
     tensors, row_scales = QuantizedTensors.from_roles(parts), parts.get(ROW_SCALES)
     if row_scales is None:
-        native.dequantize_into(tensors, source, dense)
+        native.decode_into(tensors, source, dense)
         return
     # MLX gives float32 here; a run of rows with one global scale is one call.
     wide = dense
@@ -261,12 +262,47 @@ def _run_packed(
         packing.repack(inputs, *rows, strided.wide, buffers)
         strided.copy_selected_rows()
         floats = [array for array in outputs.values() if array.dtype not in (np.uint32, np.uint8)]
-        return LayerStats(overflowed=sum(values.count_nonfinite(array) for array in floats))
+        stats = LayerStats(overflowed=sum(values.count_nonfinite(array) for array in floats))
+        if step.measures_rounding and not stats.overflowed:
+            stats.merge(_rounding_error(chunk, packing, inputs, outputs, buffers))
+        return stats
     packing.decode(inputs, *rows, strided.wide["weight"], buffers)
     strided.copy_selected_rows()
     if step.operation is Operation.DECODE:
         return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
     return encode_rows(chunk, results["weight"], outputs, buffers.hessians)
+
+
+def _rounding_error(
+    chunk: Chunk, packing: Packing, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers
+) -> LayerStats:
+    """The squared error that rounded scales and biases make, in every 16th row of the step."""
+    step, stats = chunk.step, LayerStats()
+    assert step.repack is not None
+    exact = {}
+    for role, array in outputs.items():
+        dtype, width = HEADER_NAME[array.dtype], array.shape[1] * array.itemsize
+        if role in ("scales", "biases"):
+            dtype, width = "F32", 4 * array.shape[1]
+        exact[role] = buffers.take(f"exact {role}", dtype, chunk.rows, width)
+    rows = step.rows.stored_rows(chunk.start, chunk.stop)
+    strided = _StridedOutput(exact, step.rows.step, rows[1] - rows[0], buffers)
+    packing.repack(inputs, *rows, strided.wide, buffers)
+    strided.copy_selected_rows()
+    measured = slice(-chunk.start % _MEASURED, None, _MEASURED)
+    count = len(range(*measured.indices(chunk.rows)))
+    if not count:
+        return stats
+    decoded = []
+    for tensors in (outputs, exact):
+        found = np.empty((count, step.rows.columns), np.float32)
+        parts = {role: np.ascontiguousarray(x[measured]) for role, x in tensors.items()}
+        native.decode_into(QuantizedTensors.from_roles(parts), step.repack, found)
+        decoded.append(found)
+    decoded[0] -= decoded[1]
+    sums = [float(np.einsum("ij,ij->", x, x, dtype=np.float64)) for x in decoded]
+    stats.squared_error, stats.squared_values = sums
+    return stats
 
 
 class _StridedOutput:

@@ -27,6 +27,7 @@ from requant.formats.base import (
 from requant.kernels import cast as values
 from requant.kernels.gguf import TYPES, BlockType, values_into, words_into
 from requant.packings.base import (
+    DTYPE_NAME,
     EXACT,
     Array,
     Fidelity,
@@ -36,6 +37,7 @@ from requant.packings.base import (
     Rect,
     Scratch,
     Triple,
+    is_narrower,
     rounded,
 )
 from requant.quantization.config import Quantization, QuantMode
@@ -106,6 +108,13 @@ class GgufValues(_GgufRows):
             stored = stored.astype(np.float32) - np.float32(1)
         values.cast_into(stored, out)
 
+    def decoded_fidelity(self, dtype: str) -> Fidelity:
+        """Exact where nothing is computed and no number rounds."""
+        is_plain = not self.shift and self.kind.name in DTYPE_NAME
+        if is_plain and not is_narrower(dtype, self.kind.name):
+            return EXACT
+        return super().decoded_fidelity(dtype)
+
 
 @dataclass(frozen=True)
 class GgufScaledValues(GgufValues):
@@ -122,6 +131,9 @@ class GgufScaledValues(GgufValues):
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         _scaled_into(self.stored(parts).astype(np.float32), parts, out)
+
+    def decoded_fidelity(self, dtype: str) -> Fidelity:
+        return rounded("values", dtype)
 
 
 def _scaled_into(wide: Array, parts: Parts, out: Array) -> None:

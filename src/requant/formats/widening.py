@@ -67,7 +67,7 @@ class MlxRows(Packing):
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         tensors = native.QuantizedTensors.from_roles(parts)
-        native.dequantize_into(tensors, self.encoding, out)
+        native.decode_into(tensors, self.encoding, out)
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Exact where no scale and no bias rounds."""

@@ -29,6 +29,7 @@ from requant.errors import (
 )
 from requant.kernels import _native
 from requant.kernels._native import EncodingError as EncodingError
+from requant.kernels.cast import cast_into
 from requant.kernels.float_views import as_unsigned, float_name
 from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.modes import SEARCH_LEVELS, check_quantization
@@ -283,6 +284,21 @@ def dequantize_into(
         _native.nvfp4_dequantize(words, scales.view(np.uint8), values, name, global_scale)
     else:
         _native.mx_dequantize(words, scales.view(np.uint8), mode, values, name)
+
+
+def decode_into(tensors: QuantizedTensors, quantization: Quantization, out: Array) -> None:
+    """``dequantize_into``, in float32 where ``out`` is float32.
+
+    MLX rounds values to the dtype of scales and biases; here they are widened first, so that
+    ``code * scale + bias`` rounds to float32 alone. No copy is made for another dtype.
+    """
+    words, scales, biases = tensors
+    if out.dtype == np.float32 and biases is not None:
+        wide = [np.empty(array.shape, np.float32) for array in (scales, biases)]
+        for array, into in zip((scales, biases), wide, strict=True):
+            cast_into(array, into)
+        tensors = QuantizedTensors(words, *wide)
+    dequantize_into(tensors, quantization, out)
 
 
 def pack_words(codes: Array, bits: int) -> Array:

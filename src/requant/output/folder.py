@@ -162,10 +162,15 @@ class OutputFolder:
 
     # -- the end -------------------------------------------------------------------------
 
-    def publish(self, errors: Mapping[str, tuple[float, float]] | None = None) -> None:
+    def publish(
+        self,
+        errors: Mapping[str, tuple[float, float]] | None = None,
+        rounding: Mapping[str, float] | None = None,
+    ) -> None:
         """Write the files that hold no weights, make everything durable, and name the output.
 
-        ``errors`` are quantization errors by layer, as ``build_record`` takes them.
+        ``errors`` are quantization errors by layer and ``rounding`` errors of rounded scales, as
+        ``build_record`` takes them.
 
         Raises:
             OutputError: A file cannot be written; OUTPUT is as it was before.
@@ -180,7 +185,13 @@ class OutputFolder:
                 **{name: self._copy_side_file(name) for name in self.plan.side_files},
             }
             record = build_record(
-                self.plan, self._plan_hash, self.options, hashes, files, errors=errors
+                self.plan,
+                self._plan_hash,
+                self.options,
+                hashes,
+                files,
+                errors=errors,
+                rounding=rounding,
             )
             self._write_file(RECORD, encode_json(record))
             self._check_staged()

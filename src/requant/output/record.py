@@ -21,7 +21,7 @@ from requant.checkpoints.safetensors_folder import read_json
 from requant.errors import CheckpointError, Problem
 from requant.gguf.file_selection import is_mmproj_name
 from requant.planning.plan import Plan
-from requant.text import format_value
+from requant.text import format_percent, format_value
 
 FORMAT_VERSION = 2
 
@@ -62,12 +62,14 @@ def build_record(
     hashes: Mapping[str, str],
     files: Mapping[str, str],
     errors: Mapping[str, tuple[float, float]] | None = None,
+    rounding: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The record of a finished output.
 
     ``options`` are those of ``ConvertOptions.to_dict``; ``hashes`` and ``files`` have the SHA-256
     of each tensor and of each file without weights; ``errors``, for layers with new codes, the
-    relative RMS error and the largest error in steps.
+    relative RMS error and the largest error in steps; ``rounding``, for layers with rounded
+    scales, the relative RMS error.
     """
     bytes_in = Counter[str]()
     for step in plan.steps:
@@ -95,7 +97,7 @@ def build_record(
                 "bytes_in": bytes_in[layer.layer],
                 "bytes_out": layer.nbytes,
                 "reason": layer.reason.text if layer.reason else "",
-                "bound": layer.bound,
+                "bound": _bound(layer.bound, (rounding or {}).get(layer.layer)),
                 "error": _round_errors((errors or {}).get(layer.layer)),
             }
             for layer in plan.layers
@@ -127,6 +129,14 @@ def _vision_part(plan: Plan, options: Mapping[str, Any]) -> str | None:
     given: str | None = options.get("mmproj")
     found = plan.files[-1].name if plan.files else ""
     return Path(given).name if given else found if is_mmproj_name(found) else None
+
+
+def _bound(bound: str, measured: float | None) -> str:
+    """The bound in words, with the measured error."""
+    if measured is None:
+        return bound
+    found = f"measured {format_percent(measured)} (rms)"
+    return f"{bound}; {found}" if bound else found
 
 
 def _round_errors(error: tuple[float, float] | None) -> list[float] | None:

@@ -130,6 +130,10 @@ class Packing(ABC):
         """Return how exact ``repack`` is when scales and biases are stored as ``dtype``."""
         return EXACT
 
+    def decoded_fidelity(self, dtype: str) -> Fidelity:
+        """Return how exact ``decode`` is in ``dtype``."""
+        return rounded("values", dtype)
+
     def to_dict(self) -> dict[str, Any]:
         """The packing as JSON data; equal packings give equal data."""
         return {"kind": type(self).__name__, **as_data(self)}
@@ -181,6 +185,9 @@ class WrappedPacking(Packing):
     def fidelity(self, dtype: str) -> Fidelity:
         return self.layer.fidelity(dtype)
 
+    def decoded_fidelity(self, dtype: str) -> Fidelity:
+        return self.layer.decoded_fidelity(dtype)
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "layer": self.layer.to_dict()}
 
@@ -199,6 +206,8 @@ def is_narrower(dtype: str, stored: str) -> bool:
 
 def rounded(what: str, dtype: str, more: str = "") -> Fidelity:
     """The fidelity of a packing where ``what`` is rounded to ``dtype``; ``more`` is added."""
+    if dtype not in PRECISION:
+        return Fidelity(Exactness.ROUNDED)
     relative = f"relative error at most {2.0 ** -PRECISION[dtype]:.2g}"
     bound = f"{what} rounded to {DTYPE_NAME[dtype]}, {relative}{more}"
     return Fidelity(Exactness.ROUNDED, bound)

@@ -11,8 +11,8 @@ from requant.core.reasons import Note, NoteCode, ReasonCode
 from requant.formats import SourceLayer
 from requant.layouts.loader_names import module_names
 from requant.layouts.relayout import Relayout
-from requant.packings.base import DTYPE_NAME
-from requant.planning.plan import LayerPlan, Step, Treatment
+from requant.packings.base import DTYPE_NAME, Exactness
+from requant.planning.plan import LayerPlan, Operation, Step, Treatment
 from requant.planning.steps import with_global_scale
 from requant.planning.target_selection import KEEPS_DTYPE, LayerDecision, TargetSelector
 from requant.planning.unnamed_matrices import EXPERT
@@ -41,10 +41,31 @@ def plan_notes(
         yield Note(NoteCode.EXPERTS_IN_OTHER_FORM, text)
     if selector.source_is_quantized:
         yield from _mixed_dtypes(steps)
+        yield from _exact_dtype(steps)
     if dtypes := unloadable_dtypes(layers):
         casts = "; --dtype bfloat16 casts F64" if "F64" in dtypes else ""
         text = f"MLX cannot load tensors of dtype {', '.join(dtypes)}{casts}."
         yield Note(NoteCode.UNLOADABLE_DTYPES, text)
+
+
+def _exact_dtype(steps: Iterable[Step]) -> Iterator[Note]:
+    """The dtype in which the scales of all kept codes are exact, where they round."""
+    kept = [x for x in steps if x.operation is Operation.REPACK and x.packing is not None]
+    rounds = dict.fromkeys(x.layer for x in kept if _rounds(x, x.dtype))
+    if not rounds:
+        return
+    for exact in ("F16", "F32"):
+        if any(_rounds(step, exact) for step in kept):
+            continue
+        layers = f"{pluralize(len(rounds), 'layer')} ({join_first(tuple(rounds))})"
+        text = f"Scales of {layers} are rounded; --dtype {DTYPE_NAME[exact]} keeps them exactly."
+        yield Note(NoteCode.EXACT_DTYPE, text)
+        return
+
+
+def _rounds(step: Step, dtype: str) -> bool:
+    assert step.packing is not None
+    return step.packing.fidelity(dtype).exactness is Exactness.ROUNDED
 
 
 def _extra_tensors(relayout: Relayout | None) -> Iterator[Note]:

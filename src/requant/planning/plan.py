@@ -142,6 +142,14 @@ class Step:
         """Whether errors are compensated."""
         return self.encode is not None and self.encode.gptq
 
+    @property
+    def measures_rounding(self) -> bool:
+        """Whether the error is measured that rounding makes: of scales next to kept codes."""
+        if self.packing is None or self.operation is not Operation.REPACK:
+            return False
+        is_affine = self.repack is not None and self.repack.mode is QuantMode.AFFINE
+        return is_affine and self.packing.fidelity(self.dtype).exactness is Exactness.ROUNDED
+
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
         """Bytes of one row in ``tensor``; of a part of a packed layer, its share of the bytes."""
         if self.packing is not None and not isinstance(tensor, OutputTensor):
@@ -171,6 +179,8 @@ class Step:
             held += packing.scratch_row_bytes
         elif packing is not None:
             held += packing.scratch_value_bytes * self.rows.columns
+        if self.measures_rounding:  # the outputs again, with scales and biases in float32
+            held += 2 * sum(self.row_bytes(t) for t in self.outputs.values())
         if self.gptq:
             held += 2 * _WIDEST * self.rows.columns
         elif self.operation is Operation.RECODE:

@@ -24,7 +24,7 @@ from requant.formats.base import describe_encoding
 from requant.formats.stale_blocks import read_source
 from requant.importance.reader import read_statistics
 from requant.layouts.load_check import why_unloadable
-from requant.packings.base import Exactness, Fidelity
+from requant.packings.base import Exactness, rounded
 from requant.planning.importance_weights import attach_importance
 from requant.planning.layout_selection import LayoutResult, choose_layout, other_layout
 from requant.planning.notes import loader_notes, plan_notes, rotated_layers, unloadable_dtypes
@@ -246,8 +246,8 @@ def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> L
     else:
         treatment = Treatment.DEQUANTIZED if target is None else Treatment.REQUANTIZED
     costs = [fidelity(step) for step in steps]
-    if layer.is_quantized and target is None:  # decoded values are rounded to 16 bits
-        costs.append(Fidelity(Exactness.ROUNDED))
+    if layer.is_quantized and target is None:  # also where a step only moves what was decoded
+        costs.append(rounded("values", dtype))
     worst = max(costs, key=lambda cost: list(Exactness).index(cost.exactness))
     # Steps that write further rows of a tensor have the tensors of the first one.
     outputs = (t for step in steps if not step.rows.output_row for t in step.outputs.values())

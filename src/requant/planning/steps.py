@@ -16,7 +16,7 @@ from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import RowOrder, RowRange
 from requant.formats.widening import stored_rows, widened
 from requant.layouts.relayout import Relayout
-from requant.packings.base import Exactness, Fidelity, Packing
+from requant.packings.base import EXACT, Exactness, Fidelity, Packing, rounded
 from requant.planning.plan import EncodeParams, Operation, OutputTensor, RowMapping, Step
 from requant.planning.target_selection import LayerDecision
 from requant.quantization.config import Quantization, QuantMode
@@ -259,7 +259,10 @@ def fidelity(step: Step) -> Fidelity:
         return Fidelity(Exactness.EXACT)
     if step.operation is Operation.REPACK and step.packing is not None:
         return step.packing.fidelity(step.dtype)
+    if step.operation is Operation.DECODE and step.packing is not None:
+        return step.packing.decoded_fidelity(step.dtype)
     if step.operation is Operation.CAST:
         pair = (step.inputs["weight"].info.dtype, step.dtype)
-        return Fidelity(Exactness.EXACT if pair in _WIDENS else Exactness.ROUNDED)
-    return Fidelity(Exactness.ROUNDED)
+        what = "values" if step.scales_of is None else "scales and biases"
+        return EXACT if pair in _WIDENS else rounded(what, step.dtype)
+    return rounded("values", step.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod, sqrt
 from typing import Any, NamedTuple
 
@@ -67,6 +67,16 @@ def layer_errors(plan: Plan, outcome: RunResult) -> dict[str, LayerError]:
     return errors
 
 
+def rounding_errors(plan: Plan, outcome: RunResult) -> dict[str, float]:
+    """The measured error of each layer with rounded scales: relative, root mean square."""
+    errors = {}
+    for layer in plan.layers:
+        stats = outcome.findings.get(layer.layer)
+        if layer.exactness == Exactness.ROUNDED and stats is not None and stats.squared_values:
+            errors[layer.layer] = sqrt(stats.squared_error / stats.squared_values)
+    return errors
+
+
 _COUNTS = ("damaged", "nonfinite", "overflowed", "flushed_groups")
 
 
@@ -83,6 +93,8 @@ class Report:
         bytes_downloaded: Downloaded bytes of weight files of a source on the hub.
         load: How the output's library loads it; None without ``verify_load``.
         part: The part of the plan that was run, and of which the plan is; None for the whole.
+        rounding: Layer to the relative RMS error of rounding its scales, for each that keeps its
+            codes; measured in every 16th row.
     """
 
     plan: Plan
@@ -93,6 +105,7 @@ class Report:
     bytes_downloaded: int = 0
     load: LoadCheck | None = None
     part: Part | None = None
+    rounding: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def build(plan: Plan, output: str, outcome: RunResult, elapsed_s: float) -> Report:
@@ -106,7 +119,13 @@ class Report:
         counts = {layer: counted for layer, counted in counts.items() if counted}
         errors = layer_errors(plan, outcome)
         return Report(
-            plan, output, elapsed_s, counts, errors, bytes_downloaded=outcome.bytes_downloaded
+            plan,
+            output,
+            elapsed_s,
+            counts,
+            errors,
+            bytes_downloaded=outcome.bytes_downloaded,
+            rounding=rounding_errors(plan, outcome),
         )
 
     @property
@@ -148,4 +167,5 @@ class Report:
 
     def _layer_dict(self, layer: LayerPlan) -> dict[str, Any]:
         error = self.errors.get(layer.layer)
-        return layer.to_dict() | {"error": error and error._asdict()}
+        rounding = self.rounding.get(layer.layer)
+        return layer.to_dict() | {"error": error and error._asdict(), "rounding": rounding}
