@@ -40,7 +40,7 @@ def gptq_job(tmp_path: Path) -> Job:
     hessian = (x.T @ x / 300).astype(np.float32)
     names = [f"model.layers.{n}.self_attn.{x}_proj" for n in range(4) for x in "qkv"]
     layers = {n: LayerStatistics(np.diag(hessian).copy(), np.ones(1)) for n in names}
-    write_statistics(file, layers, {n: (hessian.shape, lambda: hessian) for n in names})
+    write_statistics(file, layers, {n: lambda _: hessian for n in names})
     return MICRO_LLAMA, {**KEEP_4_BITS, "gptq": True, "statistics": file}
 
 

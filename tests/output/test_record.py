@@ -21,7 +21,7 @@ def built(planned: Planned, **options: object) -> dict:
 
 def test_the_content_of_a_record(planned: Planned) -> None:
     record = built(planned, bits=4, statistics="/home/user/stats.safetensors")
-    assert (record["record"], record["requant"]) == (2, version())
+    assert (record["record"], record["requant"]) == (3, version())
     assert record["plan"] == planned.plan.hash
     assert record["options"]["bits"] == 4
     assert record["options"]["statistics"] == "stats.safetensors", "no path of this machine"
@@ -62,7 +62,7 @@ def test_records_that_cannot_be_read(tmp_path: Path) -> None:
         read_record(tmp_path)
 
 
-@pytest.mark.parametrize("found", [1, 9, None, "2"], ids=str)
+@pytest.mark.parametrize("found", [1, 2, 9, None, "3"], ids=str)
 def test_a_record_of_another_version(tmp_path: Path, found: object) -> None:
     """The error says what was found, what is expected, and what to type."""
     folder = tmp_path / "an output"
@@ -72,8 +72,8 @@ def test_a_record_of_another_version(tmp_path: Path, found: object) -> None:
         read_record(folder)
     (problem,) = raised.value.problems
     assert problem.where == "requant.json"
-    value = {None: "null", "2": "'2'"}.get(found, found)  # type: ignore[call-overload]
+    value = {None: "null", "3": "'3'"}.get(found, found)  # type: ignore[call-overload]
     assert problem.message == (
-        f"record is {value}, this version reads 2: take the requant that wrote it, '7.0', "
+        f"record is {value}, this version reads 3: take the requant that wrote it, '7.0', "
         f"or convert again: requant convert SOURCE '{folder}' --force"
     )

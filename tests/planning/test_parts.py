@@ -73,7 +73,7 @@ def test_layers_that_share_a_hessian_stay_together(tmp_path: Path) -> None:
     write_statistics(
         file,
         {name: LayerStatistics(ones, np.ones(1)) for name in (names[0], *others)},
-        {name: (hessian.shape, lambda: hessian) for name in (names[0], *others)},
+        {name: lambda _: hessian for name in (names[0], *others)},
     )
     options = ConvertOptions.from_arguments(bits=4, layout="keep", gptq=True, statistics=str(file))
     plan = make_plan(read_checkpoint(source), options)

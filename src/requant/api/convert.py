@@ -226,7 +226,7 @@ def convert_part(
     assert run.part is not None
     planned = plan_with_source(_checkpoint(opened, options), options)
     with PartFolder(
-        planned.plan, planned.source.opened, output, run.part, command, run.force
+        planned.plan, planned.source.opened, output, run.part, command, force=run.force
     ) as sink:
         attempt = run_once(planned, sink, options, run)
         if attempt.problems:

@@ -23,7 +23,7 @@ from requant.gguf.file_selection import is_mmproj_name
 from requant.planning.plan import Plan
 from requant.text import format_percent, format_value
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def version() -> str:
