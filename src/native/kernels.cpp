@@ -235,6 +235,113 @@ ptrdiff_t first_nonfinite_dispatch(ConstValues w, size_t count) {
   return with_dtype(w.dtype, [&](auto t) { return first_nonfinite<typename decltype(t)::Type>(w.data, count); });
 }
 
+void transpose_dispatch(const Elements& src, void* out) {
+  switch (src.item_bytes) {
+    case 1: return transpose<uint8_t>(src.data, src.rows, src.cols, out);
+    case 2: return transpose<uint16_t>(src.data, src.rows, src.cols, out);
+    case 4: return transpose<uint32_t>(src.data, src.rows, src.cols, out);
+  }
+}
+
+void integer_values_dispatch(const IntegerCodes& in, Matrix out) {
+  with_dtype(in.difference, [&](auto d) {
+    with_dtype(out.dtype, [&](auto o) {
+      integer_values<typename decltype(d)::Type, typename decltype(o)::Type>(in.codes, in.scales, in.zeros, out.rows,
+                                                                             out.cols, in.group, out.data);
+    });
+  });
+}
+
+size_t float8_values_dispatch(const Float8Blocks& in, Matrix out) {
+  return with_dtype(out.dtype, [&](auto o) {
+    using Out = typename decltype(o)::Type;
+    const auto take = [&](auto kernel) {
+      return kernel(in.bytes, in.scales, out.rows, out.cols, in.scale_cols, in.block_rows, in.block_cols, in.first_row,
+                    out.data);
+    };
+    return in.fnuz ? take(float8_values<E4M3FNUZ, Out>) : take(float8_values<E4M3FN, Out>);
+  });
+}
+
+void stream_columns_dispatch(const PackedColumns& src, bool interleaved, bool is_signed, void* out, int out_bits) {
+  stream_columns(src.words, src.n_in, src.n_out, src.bits, interleaved, is_signed, out, out_bits);
+}
+
+void planar_columns_dispatch(const PackedColumns& src, void* out, int out_bits) {
+  planar_columns(src.words, src.n_in, src.n_out, src.bits, out, out_bits);
+}
+
+void stream_codes_dispatch(const PackedRows& src, uint8_t* codes) {
+  stream_codes(src.data, src.rows, src.words, src.bits, src.per_word, src.count, codes);
+}
+
+void extract_bitfield_dispatch(const Elements& src, Bitfield field, SpacedRows out) {
+  const auto take = [&](auto kernel) {
+    kernel(src.data, src.rows, src.cols, field.shift, field.bits, field.flip, out.data, out.first, out.step);
+  };
+  if (src.item_bytes == 1)
+    take(extract_bitfield<uint8_t>);
+  else
+    take(extract_bitfield<uint32_t>);
+}
+
+void lut_values_dispatch(const LutBlocks& in, size_t count, Values out) {
+  with_dtype(out.dtype, [&](auto o) {
+    lut_values<typename decltype(o)::Type>(in.bytes, count, in.high_first, in.codebook, in.absmax, in.block, in.first,
+                                           out.data);
+  });
+}
+
+template <class T, class = void>
+struct IsFp4 {
+  static constexpr int kScaleBytes = 0;
+};
+template <class T>
+struct IsFp4<T, decltype(void(T::kScaleBytes))> {
+  static constexpr int kScaleBytes = T::kScaleBytes;
+};
+
+bool gguf_block_dispatch(int type, requant::GgufBlock& block) {
+  return with_block(type, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    constexpr int kScaleBytes = IsFp4<T>::kScaleBytes;
+    block = {T::kElements, T::kBytes, T::kBits, T::kGroup, kScaleBytes != 0, kScaleBytes};
+  });
+}
+
+void gguf_affine_dispatch(GgufBlocks in, AffineTensors out, Dtype dtype) {
+  with_block(in.type, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    if constexpr (T::kBits != 0)
+      with_dtype(dtype, [&](auto s) {
+        gguf_affine<T, typename decltype(s)::Type>(in.data, in.count, out.words, out.scales, out.biases);
+      });
+  });
+}
+
+void gguf_fp4_dispatch(GgufBlocks in, FloatTensors out) {
+  with_block(in.type, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    if constexpr (IsFp4<T>::kScaleBytes != 0) gguf_fp4<T>(in.data, in.count, out.words, out.scales);
+  });
+}
+
+void gguf_values_dispatch(GgufBlocks in, Values out) {
+  with_block(in.type, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    with_dtype(out.dtype, [&](auto o) { gguf_values<T, typename decltype(o)::Type>(in.data, in.count, out.data); });
+  });
+}
+
+}  // namespace
+
+#define REQUANT_JOIN_(a, b) a##b
+#define REQUANT_JOIN(a, b) REQUANT_JOIN_(a, b)
+#define REQUANT_TEXT_(a) #a
+#define REQUANT_TEXT(a) REQUANT_TEXT_(a)
+
+namespace requant {
+
 extern const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA);
 const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     REQUANT_TEXT(REQUANT_ISA),  affine_quantize_dispatch,   affine_dequantize_dispatch,
