@@ -98,11 +98,6 @@ def count_nonfinite(w: numpy.typing.NDArray[Any], dtype: str) -> int:
 def first_nonfinite(w: numpy.typing.NDArray[Any], dtype: str) -> int:
     """Flat index of the first infinity or NaN, or -1."""
 
-def group_errors(a: numpy.typing.NDArray[Any], a_dtype: str, b: numpy.typing.NDArray[Any], b_dtype: str, group_size: int, group_max: numpy.typing.NDArray[Any]) -> tuple[float, float]:
-    """
-    Writes the largest |a - b| of each group (float32 bits); returns the sums of (a - b)^2 and of a^2.
-    """
-
 def pack_words(codes: numpy.typing.NDArray[Any], bits: int, words: numpy.typing.NDArray[Any]) -> None:
     """Codes, one a byte, to words: each row one bit stream."""
 
