@@ -69,10 +69,11 @@ struct ConstFloatTensors {
   const uint8_t* scales;
 };
 
-// How scales are searched for. weights: one for each column, or null; best: the slower level.
+// How scales are searched for.
 struct Search {
-  const float* weights;
-  bool best;
+  const float* weights;  // of the squared error, one for each column; null for all alike
+  bool best;             // the slower level
+  bool by_magnitude;     // whether the weights are multiplied with the magnitude of each value (search.h)
 };
 
 // The columns [start, start + size) of a layer whose columns are encoded one by one (gptq.h); size
@@ -185,6 +186,10 @@ struct Kernels {
   ptrdiff_t (*first_nonfinite)(ConstValues w, size_t count);
   // sums: of (a - b)^2, and of a^2; group_max: the largest |a - b| of each group.
   void (*group_errors)(ConstValues a, ConstValues b, size_t count, size_t group_size, float* group_max, double* sums);
+  // Adds the sums of each column's magnitudes and squares (column_sums.h).
+  void (*column_sums)(ConstMatrix w, double* magnitudes, double* squares);
+  // b has the dtype of a; sums: of weight * (a - b)^2, and of weight * a^2.
+  void (*weighted_errors)(ConstMatrix a, const void* b, size_t group_size, Search search, double* sums);
 
   // Codes repacked (repack.h). (rows, cols) to (cols, rows).
   void (*transpose)(const Elements& src, void* out);
