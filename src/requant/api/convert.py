@@ -158,7 +158,8 @@ def convert(
         ) as sink:
             attempt = run_once(planned, sink, options, run)
             if not attempt.problems:
-                sink.publish(layer_errors(planned.plan, attempt.result))
+                errors = layer_errors(planned.plan, attempt.result)
+                sink.publish({layer: (x.relative_rms, x.max_steps) for layer, x in errors.items()})
                 break
         # Left without an error and unpublished, the folder has deleted its staging files.
         options = options_for_retry(planned.plan, attempt, options, run)

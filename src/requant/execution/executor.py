@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -21,9 +21,10 @@ from requant.execution.chunks import Chunk, contiguous_runs, remaining_chunks
 from requant.execution.completed_work import CompletedWork
 from requant.execution.damaged_scales import ROW_SCALES
 from requant.execution.hessian_cache import HessianCache
+from requant.execution.input_estimates import INPUT_POWER, InputPowers
 from requant.execution.layer_stats import LayerStats, RunResult
 from requant.execution.operations import Arrays, WorkerBuffers, make_outputs
-from requant.execution.resources import ResourceLimits
+from requant.execution.resources import KEPT_INPUT_POWERS, ResourceLimits
 from requant.execution.sink import ProgressLog, Sink
 from requant.execution.source_reader import RunCancelled, SourceReader, bytes_of
 from requant.kernels.blas_threads import one_blas_thread
@@ -105,6 +106,7 @@ class _Run:
         self.done = threading.Event()
         self.running = limits.threads
         self.hessians = HessianCache(limits.threads, limits.factorizations)
+        self.input_powers = InputPowers(KEPT_INPUT_POWERS * limits.threads)
         self.outcome = RunResult()
         self.layer, self.bytes_done, self.bytes_written = "", 0, 0
         if self.progress_log is not None:
@@ -185,9 +187,20 @@ class _Run:
             for tensor in chunk.step.inputs.values()
             if isinstance(tensor, ComputedTensor)
         }
+        if chunk.step.estimate is not None:  # before the buffers hold the chunk
+            powers = self.input_powers.of(chunk, lambda x: self._decode(x, buffers, computed))
+            computed = {**computed, INPUT_POWER: powers}
         for part in chunk.parts(self.limits.chunk_bytes_for(chunk.step)):
             if not self.stop.is_set():
                 self._run_chunk(part, buffers, computed)
+
+    def _decode(
+        self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays
+    ) -> Iterator[tuple[Chunk, np.ndarray]]:
+        """Rows of a step that stores nothing: chunks, each with its values."""
+        for part in chunk.parts(self.limits.chunk_bytes_for(chunk.step)):
+            outputs, _, _ = self._compute_chunk(part, buffers, computed)
+            yield part, outputs["weight"].reshape(part.rows, -1)
 
     def _fill_intermediate(self, name: str, into: memoryview, buffers: WorkerBuffers) -> None:
         """Write the dense values of an input of a computed tensor."""
@@ -240,6 +253,8 @@ class _Run:
         else:
             inputs = self._cut_parts(chunk, step.packing, buffers)
         read = sum(array.nbytes for array in inputs.values())
+        if INPUT_POWER in computed:
+            inputs[INPUT_POWER] = computed[INPUT_POWER]
         if step.global_scale is not None:
             inputs[ROW_SCALES] = self._row_scales(chunk, step.global_scale)
         return *make_outputs(chunk, inputs, buffers), read

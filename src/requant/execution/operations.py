@@ -6,7 +6,9 @@ Arrays in, arrays out, through kernels that release the GIL; no files. Each thre
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,11 +17,13 @@ from requant.errors import InvariantError, RequantError
 from requant.execution.chunks import Chunk, matrix_runs
 from requant.execution.damaged_scales import ROW_SCALES, damaged_inputs, damaged_outputs
 from requant.execution.hessian_cache import HessianCache
+from requant.execution.input_estimates import INPUT_POWER, powers_of_matrix
 from requant.execution.layer_stats import LayerStats
 from requant.importance.statistics_file import Importance
 from requant.kernels import cast as values
 from requant.kernels import gptq
 from requant.kernels import quantize as native
+from requant.kernels.input_power import weighted_error
 from requant.kernels.quantize import QuantizedTensors
 from requant.packings.base import Packing
 from requant.planning.plan import EncodeParams, Operation, Step
@@ -100,7 +104,7 @@ def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffer
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
         stats.overflowed = values.cast_into(dense, wanted)
         dense = wanted
-    return _quantize(chunk, dense, outputs, buffers, stats)
+    return _quantize(chunk, dense, inputs, outputs, buffers, stats=stats)
 
 
 def _decode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffers) -> LayerStats:
@@ -118,7 +122,7 @@ def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffer
     dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
     assert step.source is not None
     _dequantize(step.source, inputs, dense, buffers)
-    return _quantize(chunk, dense, outputs, buffers, LayerStats())
+    return _quantize(chunk, dense, inputs, outputs, buffers, stats=LayerStats())
 
 
 def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
@@ -146,7 +150,13 @@ def _dequantize(
 
 
 def _quantize(
-    chunk: Chunk, dense: np.ndarray, outputs: Arrays, buffers: WorkerBuffers, stats: LayerStats
+    chunk: Chunk,
+    dense: np.ndarray,
+    inputs: Arrays,
+    outputs: Arrays,
+    buffers: WorkerBuffers,
+    *,
+    stats: LayerStats,
 ) -> LayerStats:
     """Encode, and measure the quantization error while the chunk is in the cache."""
     step, params = chunk.step, chunk.step.encode
@@ -157,6 +167,7 @@ def _quantize(
         stats.first_nonfinite_row = values.first_nonfinite_row(dense)
         return stats
     rows, scales = dense.shape[0], outputs["scales"]
+    weights = partial(_error_weights, step, params, inputs)
     for first, last, matrix in matrix_runs(chunk):
         part = {role: array[first:last] for role, array in outputs.items()}
         rows_of_matrix = dense[first:last]
@@ -167,7 +178,7 @@ def _quantize(
             target,
             QuantizedTensors.from_roles(part),
             search=None if params.search == "off" else params.search,
-            weights=None if params.importance is None else params.importance.weights(matrix),
+            **weights(matrix)._asdict(),
         )
     decoded = buffers.take("decoded", step.dtype, rows, dense.nbytes // rows)
     _dequantize(target, outputs, decoded, buffers)
@@ -175,10 +186,37 @@ def _quantize(
     stats.squared_error, stats.squared_values, stats.max_error_steps = values.encoding_error(
         dense, decoded, scales, target.mode.value, group_max
     )
+    if params.search != "off":
+        for first, last, matrix in matrix_runs(chunk):
+            pair = dense[first:last], decoded[first:last]
+            error, energy = weighted_error(*pair, target.group_size, *weights(matrix))
+            stats.weighted_error += error
+            stats.weighted_values += energy
     if params.weighted_error and params.importance is not None:
         weighted = _weighted_error(chunk, params.importance, dense, decoded)
         stats.squared_error, stats.squared_values = weighted
     return stats
+
+
+class ErrorWeights(NamedTuple):
+    """How the squared errors of a matrix are weighted, as ``quantize_into`` takes it."""
+
+    weights: np.ndarray | None  # float32, one for each input; None for all alike
+    by_magnitude: bool
+
+
+def _error_weights(step: Step, params: EncodeParams, inputs: Arrays, matrix: int) -> ErrorWeights:
+    """The weights of a matrix: statistics of its inputs, or what is estimated without them."""
+    if params.search == "off":
+        return ErrorWeights(None, False)
+    if params.importance is not None:
+        means = params.importance.weights(matrix)
+        if means is not None:
+            return ErrorWeights(means, False)
+    powers = inputs.get(INPUT_POWER)
+    if powers is None:
+        return ErrorWeights(None, True)
+    return ErrorWeights(powers_of_matrix(step, powers, matrix), True)
 
 
 def _weighted_error(
@@ -231,7 +269,7 @@ def _run_packed(
     strided.copy_selected_rows()
     if step.operation is Operation.DECODE:
         return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
-    return _quantize(chunk, results["weight"], outputs, buffers, LayerStats())
+    return _quantize(chunk, results["weight"], inputs, outputs, buffers, stats=LayerStats())
 
 
 class _StridedOutput:
