@@ -143,7 +143,7 @@ class ConvertOptions:
         types.choice("off", *SEARCH_LEVELS, default="off"),
         doc='"off" (as ``mx.quantize``, bit for bit), "fast" or "best": look for scales and '
         "biases with a smaller weighted error at the same size (docs/quantization/search.md).",
-        help="How scales are chosen: off (as mx.quantize), fast, or best (lowest weighted error, slower).",
+        help="How scales are chosen: off (as mx.quantize), fast, or best (least error, slower).",
         metavar="LEVEL",
     )
     statistics: str | None = option(
