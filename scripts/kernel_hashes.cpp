@@ -186,14 +186,14 @@ void searches(const Format& f) {
   std::vector<float> h(kCols);
   Random random{11};
   for (float& value : h) value = float(random.below(1000)) / 64.0f;
-  for (int level = 0; level < 4; level++) {
-    const bool best = level % 2 != 0;
-    const float* importance = level < 2 ? nullptr : h.data();
+  for (int level = 0; level < 8; level++) {
+    const bool best = level % 2 != 0, by_magnitude = level >= 4;
+    const float* importance = level % 4 < 2 ? nullptr : h.data();
     for (int group : {32, 64, 128})
       for (int bits : {1, 2, 3, 4, 5, 6, 8}) {
         std::vector<uint32_t> words(size_t(kRows) * kCols / 32 * bits);
         std::vector<uint8_t> scales(kRows * (kCols / group) * f.bytes()), biases(scales.size());
-        kernels.affine_search({w.data(), f.dtype, kRows, kCols}, {group, bits}, {importance, best},
+        kernels.affine_search({w.data(), f.dtype, kRows, kCols}, {group, bits}, {importance, best, by_magnitude},
                               {words.data(), scales.data(), biases.data()});
         const uint64_t h1 = hash(words.data(), words.size() * 4), h2 = hash_values(scales, f);
         print("affine_search", f.name, group, bits * 10 + level, h1 ^ h2 * 3 ^ hash_values(biases, f) * 5);
@@ -201,13 +201,29 @@ void searches(const Format& f) {
     for (int bits : {4, 8}) {
       std::vector<uint32_t> words(size_t(kRows) * kCols / 32 * bits);
       std::vector<uint8_t> scales(kRows * (kCols / 32));
-      kernels.mx_search({w.data(), f.dtype, kRows, kCols}, bits, {importance, best}, {words.data(), scales.data()});
+      kernels.mx_search({w.data(), f.dtype, kRows, kCols}, bits, {importance, best, by_magnitude}, {words.data(), scales.data()});
       print("mx_search", f.name, level, bits, hash(words.data(), words.size() * 4) ^ hash(scales.data(), scales.size()));
     }
     std::vector<uint32_t> words(size_t(kRows) * kCols / 8);
     std::vector<uint8_t> scales(kRows * (kCols / 16));
-    kernels.nvfp4_search({w.data(), f.dtype, kRows, kCols}, nullptr, {importance, best}, {words.data(), scales.data()});
+    kernels.nvfp4_search({w.data(), f.dtype, kRows, kCols}, nullptr, {importance, best, by_magnitude}, {words.data(), scales.data()});
     print("nvfp4_search", f.name, level, 4, hash(words.data(), words.size() * 4) ^ hash(scales.data(), scales.size()));
+  }
+}
+
+void weighted(const Format& f, const std::vector<uint8_t>& w) {
+  std::vector<double> magnitudes(kCols), squares(kCols);
+  kernels.column_sums({w.data(), f.dtype, kRows, kCols}, magnitudes.data(), squares.data());
+  const size_t size = kCols * sizeof(double);
+  print("column_sums", f.name, 0, 0, hash(magnitudes.data(), size) ^ hash(squares.data(), size) * 3);
+  std::vector<float> h(kCols);
+  Random random{12};
+  for (float& value : h) value = float(random.below(1000)) / 64.0f;
+  for (bool by_magnitude : {false, true}) {
+    requant::ErrorSums sums{};
+    const uint8_t* row = &w[size_t(kCols) * f.bytes()];  // about 1
+    kernels.weighted_errors({row, f.dtype, 1, kCols}, row + kFamilies * size_t(kCols) * f.bytes(), 32, {h.data(), false, by_magnitude}, sums);
+    print("weighted_errors", f.name, by_magnitude, 0, hash(&sums, sizeof sums));
   }
 }
 
@@ -328,6 +344,7 @@ int main() {
     searches(f);
     values(f);
     measures(f);
+    weighted(f, weights(f));
     for (const Format& b : kFormats) mixed(f, b);
     decoding(f);
   }

@@ -12,6 +12,7 @@
 #include "minifloat.h"
 #include "pack.h"
 #include "repack.h"
+#include "column_sums.h"
 #include "search_affine.h"
 #include "search_float.h"
 #include "values.h"
@@ -134,8 +135,8 @@ void nvfp4_dequantize_dispatch(ConstFloatTensors in, const float* global_scale, 
 }
 
 template <class Call>
-auto with_weights(const float* weights, Call call) {
-  return weights != nullptr ? call(Tag<const float*>()) : call(Tag<void>());
+auto with_weights(const Search& search, Call call) {
+  return search.weights != nullptr || search.by_magnitude ? call(Tag<const float*>()) : call(Tag<void>());
 }
 
 template <class W>
@@ -144,11 +145,11 @@ constexpr bool weighted = !__is_same(typename W::Type, void);
 void affine_search_dispatch(ConstMatrix w, Affine mode, Search search, AffineTensors out) {
   const size_t per_row = w.cols / mode.group_size, groups = w.rows * per_row;
   with_dtype(w.dtype, [&](auto t) {
-    with_weights(search.weights, [&](auto h) {
+    with_weights(search, [&](auto h) {
       using T = typename decltype(t)::Type;
       constexpr bool W = weighted<decltype(h)>;
       const auto take = [&](auto kernel) {
-        kernel(w.data, groups, per_row, mode.bits, search.weights, search.best, out.words, out.scales, out.biases);
+        kernel(w.data, groups, per_row, mode.bits, search, out.words, out.scales, out.biases);
       };
       switch (mode.group_size) {
         case 32: return take(affine_search<T, 32, W>);
@@ -162,11 +163,11 @@ void affine_search_dispatch(ConstMatrix w, Affine mode, Search search, AffineTen
 size_t mx_search_dispatch(ConstMatrix w, int bits, Search search, FloatTensors out) {
   const size_t per_row = w.cols / 32, groups = w.rows * per_row;
   return with_dtype(w.dtype, [&](auto t) {
-    return with_weights(search.weights, [&](auto h) {
+    return with_weights(search, [&](auto h) {
       using T = typename decltype(t)::Type;
       constexpr bool W = weighted<decltype(h)>;
       const auto take = [&](auto kernel) {
-        return kernel(w.data, groups, per_row, search.weights, search.best, out.words, out.scales);
+        return kernel(w.data, groups, per_row, search, out.words, out.scales);
       };
       return bits == 4 ? take(mx_search<T, 4, W>) : take(mx_search<T, 8, W>);
     });
@@ -176,9 +177,9 @@ size_t mx_search_dispatch(ConstMatrix w, int bits, Search search, FloatTensors o
 void nvfp4_search_dispatch(ConstMatrix w, const float* global_scale, Search search, FloatTensors out) {
   const size_t per_row = w.cols / 16, groups = w.rows * per_row;
   with_dtype(w.dtype, [&](auto t) {
-    with_weights(search.weights, [&](auto h) {
+    with_weights(search, [&](auto h) {
       nvfp4_search<typename decltype(t)::Type, weighted<decltype(h)>>(
-          w.data, groups, per_row, search.weights, search.best, out.words, out.scales, global_scale);
+          w.data, groups, per_row, search, out.words, out.scales, global_scale);
     });
   });
 }
@@ -285,6 +286,18 @@ void extract_bitfield_dispatch(const Elements& src, Bitfield field, SpacedRows o
     take(extract_bitfield<uint32_t>);
 }
 
+void column_sums_dispatch(ConstMatrix w, double* magnitudes, double* squares) {
+  with_dtype(w.dtype,
+             [&](auto t) { column_sums<typename decltype(t)::Type>(w.data, w.rows, w.cols, magnitudes, squares); });
+}
+
+void weighted_errors_dispatch(ConstMatrix a, const void* b, size_t group_size, Search search, requant::ErrorSums& sums) {
+  with_dtype(a.dtype, [&](auto t) {
+    weighted_errors<typename decltype(t)::Type>(a.data, b, a.rows, a.cols, group_size, search.weights,
+                                                search.by_magnitude, sums);
+  });
+}
+
 void lut_values_dispatch(const LutBlocks& in, size_t count, Values out) {
   with_dtype(out.dtype, [&](auto o) {
     lut_values<typename decltype(o)::Type>(in.bytes, count, in.high_first, in.codebook, in.absmax, in.block, in.first,
@@ -350,7 +363,8 @@ const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     nvfp4_search_dispatch,      measure_dispatch<true>,     measure_codes_dispatch,
     total_errors,               gptq_group_dispatch,        pack_words_dispatch,        unpack_words_dispatch,
     cast_dispatch,              count_nonfinite_dispatch,   first_nonfinite_dispatch,
-    transpose_dispatch,         stream_columns_dispatch,
+    column_sums_dispatch,       weighted_errors_dispatch,   transpose_dispatch,
+    stream_columns_dispatch,
     planar_columns_dispatch,    marlin_words,               awq_gemv_fast_words,
     stream_codes_dispatch,      extract_bitfield_dispatch,  deinterleave_words,
     integer_values_dispatch,    float8_values_dispatch,     lut_values_dispatch,

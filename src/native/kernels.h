@@ -69,10 +69,11 @@ struct ConstFloatTensors {
   const uint8_t* scales;
 };
 
-// How scales are searched for. weights: one for each column, or null; best: the slower level.
+// How scales are searched for.
 struct Search {
-  const float* weights;
-  bool best;
+  const float* weights;  // of the squared error, one for each column; null for all alike
+  bool best;             // the slower level
+  bool by_magnitude;     // whether the weights are multiplied with the magnitude of each value (search.h)
 };
 
 // Any mode of MLX, without a global scale. Mx: bits 4 is mxfp4, bits 8 mxfp8.
@@ -229,6 +230,10 @@ struct Kernels {
   size_t (*cast)(ConstValues src, size_t count, Values dst);
   size_t (*count_nonfinite)(ConstValues w, size_t count);
   ptrdiff_t (*first_nonfinite)(ConstValues w, size_t count);
+  // Adds the sums of each column's magnitudes and squares (column_sums.h).
+  void (*column_sums)(ConstMatrix w, double* magnitudes, double* squares);
+  // b has the dtype of a. Adds weight * (a - b)^2, and weight * a^2.
+  void (*weighted_errors)(ConstMatrix a, const void* b, size_t group_size, Search search, ErrorSums& sums);
 
   // Codes repacked (repack.h). (rows, cols) to (cols, rows).
   void (*transpose)(const Elements& src, void* out);

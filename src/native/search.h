@@ -21,6 +21,7 @@
 #pragma once
 
 #include "floats.h"
+#include "kernels.h"
 #include "lanes.h"
 
 namespace {
@@ -61,8 +62,28 @@ REQUANT_INLINE void normalize_weights(Lanes* h) {
 
 template <int GROUP>
 REQUANT_INLINE void gather_weights(const float* weights, size_t first, int count, size_t groups_per_row, Lanes* h) {
+  if (weights == nullptr) {
+    for (int i = 0; i < GROUP; i++) h[i] = broadcast(1.0f);
+    return;
+  }
   gather_groups<F32, GROUP>(
       count, [&](int l) { return weights + (first + size_t(l)) % groups_per_row * GROUP; }, h);
+  normalize_weights<GROUP>(h);
+}
+
+// Added to a value's magnitude, in means of the magnitudes of its group: what a value near zero counts.
+constexpr float kMagnitudeFloor = 0.375f;
+
+// Weights of values x from the weights of their columns: weight * (|x| + floor * mean of |x|).
+template <int GROUP>
+REQUANT_INLINE void weigh_by_magnitude(const Lanes* REQUANT_RESTRICT x, const Lanes* REQUANT_RESTRICT columns,
+                                       Lanes* REQUANT_RESTRICT h) {
+  Lanes total = broadcast(0.0f);
+  for (int i = 0; i < GROUP; i++) total += abs(x[i]);
+  const Mask usable = is_searchable(total);
+  const Lanes per_mean = usable ? float(GROUP) / total : broadcast(0.0f);
+  const Lanes floor = usable ? broadcast(kMagnitudeFloor) : broadcast(1.0f);
+  for (int i = 0; i < GROUP; i++) h[i] = columns[i] * (abs(x[i]) * per_mean + floor);
   normalize_weights<GROUP>(h);
 }
 

@@ -148,9 +148,9 @@ REQUANT_INLINE void fitted_codes(const typename T::Stored* REQUANT_RESTRICT w, f
   }
 }
 
-// words, scales and biases as affine_quantize writes them. weights: one a column, or null.
+// words, scales and biases as affine_quantize writes them.
 template <class T, int GROUP, bool WEIGHTED>
-void affine_search(const void* w_, size_t groups, size_t groups_per_row, int bits, const float* weights, bool best,
+void affine_search(const void* w_, size_t groups, size_t groups_per_row, int bits, const requant::Search& search,
                    uint32_t* words, void* scales_, void* biases_) {
   using Stored = typename T::Stored;
   const auto* all_w = static_cast<const Stored*>(w_);
@@ -158,16 +158,18 @@ void affine_search(const void* w_, size_t groups, size_t groups_per_row, int bit
   auto* scales = static_cast<Stored*>(scales_);
   auto* biases = static_cast<Stored*>(biases_);
   const float n = float((1 << bits) - 1);
-  const SearchPlan plan = search_plan(bits, best);
+  const SearchPlan plan = search_plan(bits, search.best);
 
   alignas(64) float hi[kLanes], lo[kLanes], scale[kLanes], bias[kLanes];
   alignas(64) float stored_scale[kLanes], stored_bias[kLanes];
-  alignas(64) Lanes x[GROUP], h[WEIGHTED ? GROUP : 1];
+  alignas(64) Lanes x[GROUP], columns[WEIGHTED ? GROUP : 1], own[WEIGHTED ? GROUP : 1];
+  const Lanes* h = WEIGHTED && search.by_magnitude ? own : columns;
   alignas(64) int32_t is_improved[kLanes];
   alignas(64) uint8_t codes[kLanes * GROUP];
   const size_t stride = block_stride<WEIGHTED>(groups, groups_per_row);
   for (size_t column = 0; column < stride; column += kLanes) {
-    if constexpr (WEIGHTED) gather_weights<GROUP>(weights, column, block_size(groups - column), groups_per_row, h);
+    if constexpr (WEIGHTED)
+      gather_weights<GROUP>(search.weights, column, block_size(groups - column), groups_per_row, columns);
     for (size_t first = column; first < groups; first += stride) {
       const int count = block_size(groups - first);
       const Stored* w = all_w + first * GROUP;
@@ -177,6 +179,8 @@ void affine_search(const void* w_, size_t groups, size_t groups_per_row, int bit
       for (int j = 0; j < kLanes; j++) stored_scale[j] = T::round(scale[j]);
       for (int j = 0; j < kLanes; j++) stored_bias[j] = T::round(bias[j]);
       gather_groups<T, GROUP>(count, [&](int l) { return w + l * GROUP; }, x);
+      if constexpr (WEIGHTED)
+        if (search.by_magnitude) weigh_by_magnitude<GROUP>(x, columns, own);
 
       const Lanes top = load_lanes(hi), bottom = load_lanes(lo);
       const Lanes mlx_scale = load_lanes(scale), mlx_bias = load_lanes(bias);

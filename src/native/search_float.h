@@ -62,7 +62,7 @@ constexpr int kFirstSearchedE8M0 = 7, kLastSearchedE8M0 = 247;
 
 // The exponents next to the rule's.
 template <class T, int BITS, bool WEIGHTED>
-size_t mx_search(const void* w_, size_t groups, size_t groups_per_row, const float* weights, bool best,
+size_t mx_search(const void* w_, size_t groups, size_t groups_per_row, const requant::Search& search,
                  uint32_t* words, uint8_t* scales) {
   constexpr int group = 32;
   constexpr float largest = BITS == 4 ? kE2M1Max : kE4M3Max;
@@ -70,14 +70,18 @@ size_t mx_search(const void* w_, size_t groups, size_t groups_per_row, const flo
   const size_t flushed = mx_quantize<T, BITS>(w_, groups, words, scales);
   auto* out = reinterpret_cast<uint8_t*>(words);
 
-  alignas(64) Lanes x[group], h[WEIGHTED ? group : 1];
+  alignas(64) Lanes x[group], columns[WEIGHTED ? group : 1], own[WEIGHTED ? group : 1];
+  const Lanes* h = WEIGHTED && search.by_magnitude ? own : columns;
   alignas(64) float scale[kLanes], chosen[kLanes];
   const size_t stride = block_stride<WEIGHTED>(groups, groups_per_row);
   for (size_t column = 0; column < stride; column += kLanes) {
-    if constexpr (WEIGHTED) gather_weights<group>(weights, column, block_size(groups - column), groups_per_row, h);
+    if constexpr (WEIGHTED)
+      gather_weights<group>(search.weights, column, block_size(groups - column), groups_per_row, columns);
     for (size_t first = column; first < groups; first += stride) {
       const int count = block_size(groups - first);
       gather_groups<T, group>(count, [&](int l) { return w + (first + size_t(l)) * group; }, x);
+      if constexpr (WEIGHTED)
+        if (search.by_magnitude) weigh_by_magnitude<group>(x, columns, own);
       for (int l = 0; l < kLanes; l++) {
         const int byte = l < count ? scales[first + size_t(l)] : 0;
         scale[l] = byte < kFirstSearchedE8M0 || byte > kLastSearchedE8M0 ? 0.0f : decode_e8m0(uint8_t(byte));
@@ -94,8 +98,8 @@ size_t mx_search(const void* w_, size_t groups, size_t groups_per_row, const flo
         least_error = improved ? error : least_error;
       };
       try_candidate(0.5f);
-      if (best || BITS == 8) try_candidate(2.0f);
-      if (best) try_candidate(0.25f);
+      if (search.best || BITS == 8) try_candidate(2.0f);
+      if (search.best) try_candidate(0.25f);
       store_lanes(chosen, current);
       for (int l = 0; l < count; l++) {
         if (chosen[l] == scale[l]) continue;
@@ -148,7 +152,7 @@ constexpr int kLargestE4M3 = 126;                                 // the byte of
 // those that put it at element 4 (whose neighbour 3 lies nearer to it than 4 to 6). The
 // rule's codes are not made first: a group is encoded once, for the byte that it ends with.
 template <class T, bool WEIGHTED>
-void nvfp4_search(const void* w_, size_t groups, size_t groups_per_row, const float* weights, bool best,
+void nvfp4_search(const void* w_, size_t groups, size_t groups_per_row, const requant::Search& search,
                   uint32_t* words, uint8_t* scales, const float* global_scale) {
   using Stored = typename T::Stored;
   static const Nvfp4SearchThresholds<T> thresholds;
@@ -157,19 +161,23 @@ void nvfp4_search(const void* w_, size_t groups, size_t groups_per_row, const fl
   const float dec = global_scale != nullptr ? *global_scale / kNvfp4Max : 1.0f;
   const auto* all_w = static_cast<const Stored*>(w_);
   auto* out = reinterpret_cast<uint8_t*>(words);
-  const int tries = best ? int(sizeof kBestByteSteps / sizeof *kBestByteSteps) : 1;
+  const int tries = search.best ? int(sizeof kBestByteSteps / sizeof *kBestByteSteps) : 1;
 
-  alignas(64) Lanes x[group], h[WEIGHTED ? group : 1];
+  alignas(64) Lanes x[group], columns[WEIGHTED ? group : 1], own[WEIGHTED ? group : 1];
+  const Lanes* h = WEIGHTED && search.by_magnitude ? own : columns;
   alignas(64) float scale[kLanes], tops[kLanes];
   alignas(64) int32_t byte[kLanes], four[kLanes], chosen[kLanes];
   alignas(64) uint8_t codes[kLanes * group];
   const size_t stride = block_stride<WEIGHTED>(groups, groups_per_row);
   for (size_t column = 0; column < stride; column += kLanes) {
-    if constexpr (WEIGHTED) gather_weights<group>(weights, column, block_size(groups - column), groups_per_row, h);
+    if constexpr (WEIGHTED)
+      gather_weights<group>(search.weights, column, block_size(groups - column), groups_per_row, columns);
     for (size_t first = column; first < groups; first += stride) {
       const int count = block_size(groups - first);
       const Stored* w = all_w + first * group;
       gather_groups<T, group>(count, [&](int l) { return w + l * group; }, x);
+      if constexpr (WEIGHTED)
+        if (search.by_magnitude) weigh_by_magnitude<group>(x, columns, own);
       Mask highest = {};  // by integers: NaN is the largest
       for (int i = 0; i < group; i++) {
         x[i] = abs(x[i]);
@@ -188,7 +196,7 @@ void nvfp4_search(const void* w_, size_t groups, size_t groups_per_row, const fl
       Mask current = load_lanes(byte);
       for (int k = 0; k < tries; k++) {
         for (int l = 0; l < kLanes; l++) {
-          const int other = best ? byte[l] + kBestByteSteps[k] : four[l];
+          const int other = search.best ? byte[l] + kBestByteSteps[k] : four[l];
           chosen[l] = other < 1 || other > kLargestE4M3 ? byte[l] : other;
           scale[l] = decode_e4m3(uint32_t(chosen[l])) * dec;
         }

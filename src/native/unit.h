@@ -197,6 +197,7 @@ struct Findings {
   ptrdiff_t first_nonfinite_row = -1;
   size_t overflowed = 0, flushed_groups = 0;
   double squared_error = 0.0, squared_values = 0.0;
+  double weighted_error = 0.0, weighted_values = 0.0;  // with the weights of the search; 0 without one
   float max_error_steps = 0.0f;  // in steps of the group's scale
 };
 
@@ -206,8 +207,9 @@ class RowEncoder {
  public:
   RowEncoder(Encoding encoding, Dtype dtype, size_t cols, size_t most_rows)
       : k_(kernels()), encoding_(encoding), dtype_(dtype), cols_(cols) {
+    if (encoding.is_searched || encoding.error_weights != nullptr)
+      decoded_ = Buffer(most_rows * cols * itemsize(dtype));
     if (encoding.error_weights == nullptr) return;
-    decoded_ = Buffer(most_rows * cols * itemsize(dtype));
     wide_ = Buffer(2 * cols * sizeof(float));
     column_sums_.resize(2 * cols);
   }
@@ -225,7 +227,10 @@ class RowEncoder {
       k_.quantize_measured(w, encoding_.target, out, error_);
     }
     if (error_.nonfinite != nonfinite) return false;
-    if (encoding_.error_weights != nullptr) add_weighted(dense, rows, out);
+    if (decoded_.get() != nullptr) dequantize(out, {decoded_.get(), dtype_, rows, cols_});
+    if (encoding_.is_searched)
+      k_.weighted_errors(w, decoded_.get(), size_t(encoding_.target.group_size), encoding_.search, weighted_);
+    if (encoding_.error_weights != nullptr) add_weighted(dense, rows);
     return true;
   }
 
@@ -238,6 +243,11 @@ class RowEncoder {
     found.flushed_groups += error_.flushed;
     found.nonfinite = error_.nonfinite;
     if (error_.nonfinite != 0) found.first_nonfinite_row = ptrdiff_t(error_.first_nonfinite / cols_);
+    if (encoding_.is_searched && error_.nonfinite == 0) {
+      k_.total_errors(weighted_, sums);
+      found.weighted_error = sums[0];
+      found.weighted_values = sums[1];
+    }
     if (encoding_.error_weights == nullptr) return;
     found.squared_error = found.squared_values = 0.0;
     for (size_t i = 0; i < cols_; i++) {
@@ -271,8 +281,7 @@ class RowEncoder {
     }
   }
 
-  void add_weighted(const void* dense, size_t rows, Encoded codes) {
-    dequantize(codes, {decoded_.get(), dtype_, rows, cols_});
+  void add_weighted(const void* dense, size_t rows) {
     auto* values = reinterpret_cast<float*>(wide_.get());
     float* decoded = values + cols_;
     double *errors = column_sums_.data(), *squares = errors + cols_;
@@ -293,6 +302,7 @@ class RowEncoder {
   const Dtype dtype_;
   const size_t cols_;
   EncodingError error_{};
+  ErrorSums weighted_{};
   Buffer decoded_, wide_;            // with weights: values of a block; a row of both, float32
   std::vector<double> column_sums_;  // of squared errors, then of squared values
 };

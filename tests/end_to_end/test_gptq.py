@@ -16,6 +16,7 @@ from requant.errors import CheckpointError, RequantError, UsageError
 from requant.importance.reader import LayerStatistics, write_statistics
 from requant.kernels import gptq
 from requant.kernels import quantize as native
+from requant.kernels.input_power import estimated_power
 from requant.output.journal import read_journal
 from requant.output.staging import staging_dir
 from requant.quantization.config import Quantization
@@ -94,14 +95,15 @@ def test_each_matrix_by_its_own_hessian(
             expert,
             gptq.quantize(weights[f"{UP}.weight"][expert], given, Quantization.affine(32, 3)),
         )
-    plain = native.quantize(weights[f"{UP}.weight"][1], Quantization.affine(32, 3), search="best")
-    check(UP, 1, plain)
+    w = weights[f"{UP}.weight"][1]
+    chosen = {"search": "best", "weights": estimated_power(w), "by_magnitude": True}
+    check(UP, 1, native.quantize(w, Quantization.affine(32, 3), **chosen))
     ones = np.ones(128, np.float32)
     w = weights[f"{DOWN}.weight"]
     check(DOWN, None, native.quantize(w, Quantization.affine(32, 3), search="best", weights=ones))
     notes = " ".join(note_texts(report.plan.notes))
     assert "2 layers are propagated" in notes
-    assert "no group is worse" not in notes
+    assert "no group has a larger" not in notes
     assert f"{DOWN}: no Hessian: searched without --gptq" in notes
     reasons = {x.layer: reason_text(x) for x in report.plan.layers}
     assert (reasons[Q], reasons[DOWN]) == ("", "no Hessian: searched without --gptq")

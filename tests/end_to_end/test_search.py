@@ -10,6 +10,7 @@ import pytest
 import requant
 from requant.errors import InvariantError, UnknownValueError
 from requant.kernels import quantize as native
+from requant.kernels.input_power import estimated_power
 from requant.quantization.config import PerLayerQuantization, Quantization
 from tests.support.plan_texts import note_texts
 
@@ -46,7 +47,12 @@ def test_less_error_at_the_same_size(source: Path, tmp_path: Path, options: dict
         level: requant.convert(source, tmp_path / level, **options, search=level, layout="keep")
         for level in ("off", "fast", "best")
     }
-    assert rms(found["best"]) <= rms(found["fast"]) < rms(found["off"])
+    weighted = [
+        sum(x.weighted_rms or 0 for x in found[y].errors.values()) for y in ("best", "fast")
+    ]
+    assert 0 < weighted[0] <= weighted[1]
+    assert max(rms(found["best"]), rms(found["fast"])) < rms(found["off"])
+    assert all(error.weighted_rms is None for error in found["off"].errors.values())
     assert len({report.plan.bytes_out for report in found.values()}) == 1
     assert len({report.plan.hash for report in found.values()}) == 3
     assert any("searched" in note for note in note_texts(found["best"].plan.notes))
@@ -127,7 +133,9 @@ def test_weight_maps_in_numpy() -> None:
         back = requant.dequantize_weights(made, config)["up.weight"]
         errors.append(float(((back - w) ** 2).sum()))
     assert errors[0] > errors[1] > errors[2]
-    words = native.quantize(w, Quantization.affine(64, 3), search="best")[0]
+    power = estimated_power(w)
+    chosen = {"search": "best", "weights": power, "by_magnitude": True}
+    words = native.quantize(w, Quantization.affine(64, 3), **chosen)[0]
     assert np.array_equal(made["up.weight"], words)
 
 
@@ -135,3 +143,53 @@ def test_weight_maps_of_mlx_have_no_search() -> None:
     config = PerLayerQuantization.from_global(Quantization.affine(64, 3))
     with pytest.raises(InvariantError, match="computes on NumPy arrays"):
         requant.quantize_weights({"up.weight": mx.ones((8, 64))}, config, search="best")
+
+
+def written(folder: Path) -> dict[str, np.ndarray]:
+    return {
+        name: np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+        for name, x in mx.load(str(folder / "model.safetensors")).items()
+    }
+
+
+def heavy(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Weights whose columns have tails of different weight, as real layers have."""
+    w = rng.standard_normal(shape)
+    return (w * np.abs(w) ** rng.uniform(0, 2, shape[-1]) * 0.02).astype(np.float32)
+
+
+def test_inputs_are_estimated_from_the_columns_of_each_matrix(tmp_path: Path) -> None:
+    """Dense and quantized sources, stacks of experts, an embedding: as for the values in memory."""
+    rng = np.random.default_rng(5)
+    arrays = {
+        "model.embed_tokens.weight": heavy(rng, 320, 128),
+        "model.layers.0.up.weight": heavy(rng, 96, 256),
+        "model.layers.0.experts.weight": heavy(rng, 3, 64, 128),
+    }
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    stored = {name: mx.array(x) for name, x in arrays.items()}
+    mx.save_safetensors(str(source / "model.safetensors"), stored, {"format": "mlx"})
+    keep = {"layout": "keep"}
+    requant.convert(source, tmp_path / "8", bits=8, **keep)
+    requant.convert(tmp_path / "8", tmp_path / "values", dequantize=True, **keep)
+    config = PerLayerQuantization.from_global(Quantization.affine(64, 3))
+    for number, folder in enumerate(("source", "8")):
+        values = arrays if folder == "source" else written(tmp_path / "values")
+        expected = requant.quantize_weights(values, config, search="fast")
+        plain = {
+            name: native.quantize(w, Quantization.affine(64, 3), search="fast", by_magnitude=True)
+            for name, w in values.items()
+        }
+        for options in ({}, {"chunk_bytes": 3000, "threads": 3}):
+            output = tmp_path / f"{number}{len(options)}"
+            report = requant.convert(
+                tmp_path / folder, output, bits=3, search="fast", **keep, **options
+            )
+            for name, x in written(output).items():
+                assert np.array_equal(x, expected[name]), name
+            for name, parts in plain.items():
+                assert not np.array_equal(expected[name], parts.words), name
+            for error in report.errors.values():
+                assert error.weighted_rms is not None and error.weighted_rms != error.relative_rms

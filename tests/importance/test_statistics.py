@@ -20,6 +20,7 @@ from requant.gguf.architectures import _FAMILIES as FAMILIES
 from requant.importance.layer_names import LayerKey, layer_key
 from requant.importance.reader import LayerStatistics, read_statistics, write_statistics
 from requant.kernels import quantize as native
+from requant.kernels.input_power import estimated_power
 from requant.quantization.config import Quantization
 from tests.support.plan_texts import note_texts, reason_text
 from tests.support.safetensors_files import read_folder, write_file
@@ -385,8 +386,13 @@ def test_each_matrix_is_weighted_by_its_own(mode: str, source: Path, tmp_path: P
             stored = made[f"{layer}.weight"], made[f"{layer}.scales"]  # noqa: B023
             if expert is not None:
                 w, stored = w[expert], tuple(array[expert] for array in stored)
+            estimated = estimated_power(w) if importance is None else None
             words, scales, _ = native.quantize(
-                w, Quantization(group, bits, mode), search="best", weights=importance
+                w,
+                Quantization(group, bits, mode),
+                search="best",
+                weights=importance if estimated is None else estimated,
+                by_magnitude=importance is None,
             )
             assert np.array_equal(stored[0], words), (layer, expert)
             assert stored[1].tobytes() == scales.tobytes(), (layer, expert)

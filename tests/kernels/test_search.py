@@ -27,6 +27,15 @@ SPECS = [("affine", bits, group) for bits in AFFINE_BITS for group in (32, 64, 1
 LEVELS = ("fast", "best")
 
 
+def magnitudes(w, group_size):
+    """What ``by_magnitude`` multiplies weights with, but for a factor of each group."""
+    sizes = np.abs(w.astype(np.float64)).reshape(len(w), -1, group_size)
+    mean = sizes.mean(-1, keepdims=True)
+    usable = (mean * group_size > 1e-30) & (mean * group_size < 1e30)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(usable, sizes / mean + 0.375, 1.0).reshape(w.shape)
+
+
 def group_errors(w, parts, mode, bits, group_size, weights=None):
     """Weighted squared error of each group, from stored codes and scales, in float64.
 
@@ -81,9 +90,11 @@ def test_no_group_is_worse_than_the_rule(mode, bits, group_size, dtype, level):
     holes = np.where(rng.random(COLS) < 0.3, 0.0, rng.random(COLS))
     holes[:128] = 0.0  # whole groups without weight
     rule = quantize(w, quantization)
-    for weights in (None, spread, holes):
-        found = quantize(w, quantization, search=level, weights=weights)
-        counted = None if weights is None else weights.astype(np.float32)
+    for weights, by_magnitude in itertools.product((None, spread, holes), (False, True)):
+        chosen = {"weights": weights, "by_magnitude": by_magnitude}
+        found = quantize(w, quantization, search=level, **chosen)
+        counted = np.float64(1) if weights is None else weights.astype(np.float32)
+        counted = counted * (magnitudes(w, group_size) if by_magnitude else 1.0)
         before = group_errors(w, rule, mode, bits, group_size, counted)
         after = group_errors(w, found, mode, bits, group_size, counted)
         assert no_worse(after, before).all()
@@ -125,22 +136,39 @@ def test_weights_move_the_error_where_it_counts_less(mode, bits, group_size):
     assert kept <= missing if mode == "mxfp8" else kept < 0.97 * missing
 
 
+@pytest.mark.parametrize(("mode", "bits", "group_size"), [("affine", 3, 64), ("affine", 4, 64)])
+def test_large_values_are_kept_closer_by_magnitude(mode, bits, group_size):
+    """The squared error of the largest eighth of each group falls, that of the others rises."""
+    w = np.random.default_rng(4).standard_t(4, (64, 4096)).astype(np.float32)
+    quantization = Quantization(group_size, bits, mode)
+    is_large = np.abs(w).reshape(64, -1, group_size)
+    is_large = (is_large >= np.quantile(is_large, 0.875, axis=-1, keepdims=True)).reshape(w.shape)
+    plain, kept = (
+        quantize(w, quantization, search="best", by_magnitude=chosen) for chosen in (False, True)
+    )
+    for chosen, less in ((is_large, True), (~is_large, False)):
+        errors = [group_errors(w, x, mode, bits, group_size, chosen).sum() for x in (plain, kept)]
+        assert bool(errors[1] < errors[0]) is less
+
+
 @pytest.mark.parametrize(("mode", "bits", "group_size"), SPECS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_same_bytes_for_any_chunk_and_build(mode, bits, group_size, level, isa):
+@pytest.mark.parametrize("by_magnitude", [False, True])
+def test_same_bytes_for_any_chunk_and_build(mode, bits, group_size, level, by_magnitude, isa):
     from requant.kernels import _native
 
     quantization = Quantization(group_size, bits, mode)
     w = np.concatenate([adversarial(DTYPES[2]), *finite_inputs(DTYPES[2]).values()])
-    weights = np.random.default_rng(2).random(COLS)
-    whole = quantize(w, quantization, search=level, weights=weights)
+    chosen = {"search": level, "weights": np.random.default_rng(2).random(COLS)}
+    chosen["by_magnitude"] = by_magnitude
+    whole = quantize(w, quantization, **chosen)
     parts = [None if part is None else np.empty_like(part) for part in whole]
     for start, stop in itertools.pairwise([0, 1, 2, 5, 18, len(w)]):
         rows = [None if part is None else part[start:stop] for part in parts]
         chunk = w[start:stop]
-        quantize_into(chunk, quantization, QuantizedTensors(*rows), search=level, weights=weights)
+        quantize_into(chunk, quantization, QuantizedTensors(*rows), **chosen)
     _native.set_isa("baseline")
-    plainest = quantize(w, quantization, search=level, weights=weights)
+    plainest = quantize(w, quantization, **chosen)
     _native.set_isa(isa)
     for a, b, c in zip(whole, parts, plainest, strict=True):
         if a is not None:

@@ -94,11 +94,12 @@ StoredRows stored_rows(const std::string& dtype, const std::optional<BlockScales
   return stored;
 }
 
-using Found = std::tuple<size_t, ptrdiff_t, size_t, size_t, double, double, double>;
+using Found = std::tuple<size_t, ptrdiff_t, size_t, size_t, double, double, double, double, double>;
 
 Found encode_rows_from(Source source, const std::string& source_dtype, std::optional<BlockScales> block_scales,
                        const std::string& dtype, size_t rows, size_t cols, const std::string& mode, int group_size, int bits, std::vector<Output> targets,
-                       std::optional<std::string> level, std::optional<In> weights, std::optional<In> error_weights,
+                       std::optional<std::string> level, std::optional<In> weights, bool by_magnitude,
+                       std::optional<In> error_weights,
                        bool is_encoded, size_t block_bytes) {
   const Dtype to = dtype_of(dtype);
   const StoredRows stored = stored_rows(source_dtype, block_scales, rows, cols);
@@ -110,6 +111,7 @@ Found encode_rows_from(Source source, const std::string& source_dtype, std::opti
   if (level) {
     if (*level != "fast" && *level != "best") throw_value_error("level: expected fast or best, got " + *level);
     encoding.search.best = *level == "best";
+    encoding.search.by_magnitude = by_magnitude;
   }
   encoding.error_weights = weights_of(error_weights, "error_weights", cols);
   encoding.is_encoded = is_encoded;
@@ -126,7 +128,8 @@ Found encode_rows_from(Source source, const std::string& source_dtype, std::opti
                      writer_of(targets.back(), count == 3 ? "biases" : "scales", count - 1, scale_bits, rows, groups)};
   const Findings found = run([&] { return encode_rows(reader, stored, to, rows, cols, encoding, writers, block_bytes); });
   return {found.nonfinite,     found.first_nonfinite_row, found.overflowed,     found.flushed_groups,
-          found.squared_error, found.squared_values,      found.max_error_steps};
+          found.squared_error, found.squared_values,      found.max_error_steps, found.weighted_error,
+          found.weighted_values};
 }
 
 void read_spaced_from(int fd, int64_t offset, size_t stride, Out into) {
@@ -153,7 +156,7 @@ void init_unit(nb::module_& m) {
         "count"_a, "block_bytes"_a, "The same with values rounded; returns the number of finite values that became infinite.");
   m.def("encode_rows", &encode_rows_from, "source"_a.noconvert(), "source_dtype"_a,
         "block_scales"_a.noconvert().none(), "dtype"_a, "rows"_a, "cols"_a,
-        "mode"_a, "group_size"_a, "bits"_a, "targets"_a.noconvert(), "level"_a.none(), "weights"_a.noconvert().none(),
+        "mode"_a, "group_size"_a, "bits"_a, "targets"_a.noconvert(), "level"_a.none(), "weights"_a.noconvert().none(), "by_magnitude"_a,
         "error_weights"_a.noconvert().none(), "is_encoded"_a, "block_bytes"_a,
         "Casts rows to dtype, encodes them into words, scales and biases, and measures the error; with is_encoded\n"
         "only measures. F8_E4M3 and F8_E4M3FNUZ take block_scales: float32 bits, rows and columns of a block, the\n"

@@ -205,7 +205,10 @@ def convert_whole(
             attempt = run_once(planned, sink, options, run)
             if not attempt.problems:
                 measured = (planned.plan, attempt.result)
-                sink.publish(layer_errors(*measured), rounding_errors(*measured))
+                errors = {
+                    x: (e.relative_rms, e.max_steps) for x, e in layer_errors(*measured).items()
+                }
+                sink.publish(errors, rounding_errors(*measured))
                 return planned, attempt.result
         # Left without an error and unpublished, the folder has deleted its staging files.
         options = options_for_retry(planned.plan, attempt, options, run)

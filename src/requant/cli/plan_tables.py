@@ -111,9 +111,14 @@ def _error_summary(errors: Mapping[str, LayerError]) -> str:
     """The quantization error of new codes: of the median layer, and of the worst with its name."""
     ranked = sorted(errors, key=lambda layer: errors[layer].relative_rms)
     middle, worst = (errors[ranked[n]].relative_rms for n in (len(ranked) // 2, -1))
+    weighted = sorted(x.weighted_rms for x in errors.values() if x.weighted_rms is not None)
+    searched = ""
+    if weighted:
+        middle_weighted = weighted[len(weighted) // 2]
+        searched = f"; {100 * middle_weighted:.2g} % in the median as the search weights errors"
     return (
         f"re-encoded with a relative error (rms) of {100 * middle:.2g} % in the median layer, "
-        f"{100 * worst:.2g} % in the worst ({ranked[-1]})"
+        f"{100 * worst:.2g} % in the worst ({ranked[-1]}){searched}"
     )
 
 

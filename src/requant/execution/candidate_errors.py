@@ -41,10 +41,12 @@ class Trial:
             is_same = step.inputs["weight"].info.dtype == step.dtype
             operation = Operation.COPY if is_same else Operation.CAST
         info = TensorInfo(step.dtype, (step.rows.count, step.rows.columns))
-        # ``encode`` stays, so that memory for encoding a chunk is counted.
+        # ``encode`` stays, so that memory for encoding a chunk is counted. Without the powers of
+        # inputs a search of a candidate weights errors by magnitude alone.
         return replace(
             step,
             operation=operation,
+            estimate=None,
             rows=replace(step.rows, output_row=0, order=None),
             outputs={"weight": OutputTensor(f"{self.layer}.weight", info, str(number))},
         )

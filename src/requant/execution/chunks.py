@@ -95,12 +95,13 @@ def matrix_runs(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
     rows 0 to 5 are the output rows 6 to 11: the runs (0, 2, 1) and (2, 5, 2).
     """
     step, count = chunk.step, chunk.rows
-    if step.importance is None:  # only statistics differ from matrix to matrix
+    # Only weights of the errors differ from matrix to matrix.
+    if step.importance is None and step.estimate is None:
         yield 0, count, 0
         return
     rows = np.arange(chunk.start, chunk.stop)
     output_rows = rows if step.rows.order is None else step.rows.order.inverse[rows]
-    matrices = (output_rows + step.rows.output_row) // step.outputs["weight"].info.shape[-2]
+    matrices = (output_rows + step.rows.output_row) // step.matrix_rows
     borders = [0, *(np.flatnonzero(np.diff(matrices)) + 1).tolist(), count]
     for first, last in pairwise(borders):
         yield first, last, int(matrices[first])

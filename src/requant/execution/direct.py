@@ -49,8 +49,10 @@ class DirectRows:
     shards: OpenShards
     block_bytes: int
 
-    def run(self, unit: Chunk) -> tuple[LayerStats, int, int]:
+    def run(self, unit: Chunk, powers: np.ndarray | None = None) -> tuple[LayerStats, int, int]:
         """Read, convert and write the rows of a unit: statistics, bytes read, bytes written.
+
+        ``powers`` are those of ``InputPowers``.
 
         Raises:
             CheckpointError: A source file cannot be read any more.
@@ -68,10 +70,17 @@ class DirectRows:
             span = (first_row + first) * row_bytes, (first_row + last) * row_bytes
             source = self.reader.open_ranges(stored, *span)
             try:
-                if blocks is None:
-                    found = self._convert(rows, matrix, source)
+                if step.encode is None:
+                    found = self._move(rows, source)
                 else:
-                    found = self._encode(rows, matrix, source, byte_rows(step, blocks, first, last))
+                    encoding = row_encoding(step, matrix, powers)
+                    if blocks is None:
+                        stored_rows = units.StoredRows(
+                            stored.info.dtype, rows.rows, step.rows.columns
+                        )
+                    else:
+                        stored_rows = byte_rows(step, blocks, first, last)
+                    found = self._encode(rows, encoding, source, stored_rows)
             except units.UnitFileError as error:
                 if error.is_write:
                     raise self.shards.write_error(error) from error
@@ -99,11 +108,9 @@ class DirectRows:
         names = {role: tensor.name for role, tensor in step.inputs.items()}
         return packing.block_scales(parts, rows[0]), damaged_parts(packing, names, parts, *rows)
 
-    def _convert(self, rows: Chunk, matrix: int, source: list[units.FileBytes]) -> LayerStats:
+    def _move(self, rows: Chunk, source: list[units.FileBytes]) -> LayerStats:
+        """Copy or cast."""
         step, dtype = rows.step, rows.step.inputs["weight"].info.dtype
-        if step.operation is Operation.ENCODE:
-            stored = units.StoredRows(dtype, rows.rows, step.rows.columns)
-            return self._encode(rows, matrix, source, stored)
         (target,) = self._targets(rows)
         nbytes = sum(part.nbytes for part in source)
         if step.operation is Operation.COPY:
@@ -118,9 +125,13 @@ class DirectRows:
         )
 
     def _encode(
-        self, rows: Chunk, matrix: int, source: list[units.FileBytes], stored: units.StoredRows
+        self,
+        rows: Chunk,
+        encoding: units.RowEncoding,
+        source: list[units.FileBytes],
+        stored: units.StoredRows,
     ) -> LayerStats:
-        targets, encoding = self._targets(rows), row_encoding(rows.step, matrix)
+        targets = self._targets(rows)
         return stats_of(
             units.encode_rows(source, stored, targets, encoding, block_bytes=self.block_bytes)
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -24,9 +24,10 @@ from requant.execution.completed_work import CompletedWork
 from requant.execution.damaged_scales import ROW_SCALES
 from requant.execution.direct import DirectRows, is_direct
 from requant.execution.hessian_cache import HessianCache
+from requant.execution.input_estimates import INPUT_POWER, InputPowers
 from requant.execution.layer_stats import LayerStats, RunResult
 from requant.execution.operations import Arrays, WorkerBuffers, make_outputs
-from requant.execution.resources import ResourceLimits
+from requant.execution.resources import KEPT_INPUT_POWERS, ResourceLimits
 from requant.execution.sink import ProgressLog, Sink
 from requant.execution.source_reader import RunCancelled, SourceReader, bytes_of
 from requant.kernels.blas_threads import one_blas_thread
@@ -115,6 +116,7 @@ class _Run:
         self.done = threading.Event()
         self.running = limits.threads
         self.hessians = HessianCache(limits.threads, limits.factorizations)
+        self.input_powers = InputPowers(KEPT_INPUT_POWERS * limits.threads)
         self.outcome = RunResult()
         self.layer, self.bytes_done, self.bytes_written = "", 0, 0
         if self.progress_log is not None:
@@ -196,9 +198,20 @@ class _Run:
             )
             for tensor in computed_inputs(step)
         }
+        if step.estimate is not None:  # before the buffers hold the rows
+            powers = self.input_powers.of(whole, lambda x: self._decode(x, buffers, computed))
+            computed = {**computed, INPUT_POWER: powers}
         for unit in whole.parts(self.limits.unit_bytes_for(step)):
             if not self.stop.is_set():
                 self._run_unit(unit, buffers, computed)
+
+    def _decode(
+        self, chunk: Chunk, buffers: WorkerBuffers, computed: Arrays
+    ) -> Iterator[tuple[Chunk, np.ndarray]]:
+        """Rows of a step that stores nothing: chunks, each with its values."""
+        for part in chunk.parts(self.limits.chunk_bytes_for(chunk.step)):
+            outputs, _, _ = self._compute_chunk(part, buffers, computed)
+            yield part, outputs["weight"].reshape(part.rows, -1)
 
     def _fill_intermediate(self, name: str, into: memoryview, buffers: WorkerBuffers) -> None:
         """Write the dense values of an input of a computed tensor."""
@@ -220,7 +233,7 @@ class _Run:
         """Convert and write the rows of a unit, then record it."""
         step = unit.step
         if self.direct is not None and is_direct(step):
-            stats, read, written = self.direct.run(unit)
+            stats, read, written = self.direct.run(unit, computed.get(INPUT_POWER))
             self._count(step, read, written)
         else:
             stats = LayerStats()
@@ -275,6 +288,8 @@ class _Run:
         else:
             inputs = self._cut_parts(chunk, step.packing, buffers)
         read = sum(array.nbytes for array in inputs.values())
+        if INPUT_POWER in computed:
+            inputs[INPUT_POWER] = computed[INPUT_POWER]
         if step.global_scale is not None:
             inputs[ROW_SCALES] = self._row_scales(chunk, step.global_scale)
         return *make_outputs(chunk, inputs, buffers), read

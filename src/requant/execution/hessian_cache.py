@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from concurrent.futures import Future
 
+from requant.execution.shared_cache import SharedCache
 from requant.importance.statistics_file import Importance, MatrixStatistics
 from requant.kernels.gptq import Compensation, compensation_of
 
@@ -18,10 +17,9 @@ class HessianCache:
     """
 
     def __init__(self, keep: int, factorizations: int = 1) -> None:
-        self._keep = keep
-        self._compensations: OrderedDict[MatrixStatistics, Future[Compensation | None]]
-        self._compensations = OrderedDict()
-        self._lock, self._free = threading.Lock(), threading.Semaphore(factorizations)
+        self._compensations: SharedCache[MatrixStatistics, Compensation | None]
+        self._compensations = SharedCache(keep)
+        self._free = threading.Semaphore(factorizations)
 
     def compensation(self, importance: Importance, matrix: int) -> Compensation | None:
         """The compensation of a matrix; None if no token reached it.
@@ -31,20 +29,7 @@ class HessianCache:
             CheckpointError: The statistics file is no longer what it was.
         """
         key = importance.entry(matrix)
-        with self._lock:
-            found = self._compensations.get(key)
-            is_new = found is None
-            if found is None:
-                found = self._compensations[key] = Future()
-            self._compensations.move_to_end(key)
-            while len(self._compensations) > self._keep:
-                self._compensations.popitem(last=False)
-        if is_new:
-            try:
-                found.set_result(self._factor(importance, matrix))
-            except BaseException as error:
-                found.set_exception(error)
-        return found.result()
+        return self._compensations.get(key, lambda: self._factor(importance, matrix))
 
     def _factor(self, importance: Importance, matrix: int) -> Compensation | None:
         if importance.weights(matrix) is None:

@@ -20,6 +20,9 @@ class LayerStats:
     squared_error: float = 0.0
     squared_values: float = 0.0
     max_error_steps: float = 0.0
+    # The same sums with the weights of a search; 0 where there is none.
+    weighted_error: float = 0.0
+    weighted_values: float = 0.0
     # The number of scales or zero points that the source stores as NaN or infinity, or of values of
     # blocks that decode to it (``damaged_what``); the first is in ``damaged_row`` of
     # ``damaged_tensor``.
@@ -66,6 +69,8 @@ class LayerStats:
         self.flushed_groups += other.flushed_groups
         self.squared_error += other.squared_error
         self.squared_values += other.squared_values
+        self.weighted_error += other.weighted_error
+        self.weighted_values += other.weighted_values
         self.max_error_steps = max(self.max_error_steps, other.max_error_steps)
         if other.damaged:
             mine, theirs = ((x.damaged_tensor, x.damaged_row or 0) for x in (self, other))

@@ -6,6 +6,7 @@ Arrays in, arrays out, through kernels that release the GIL; no files. Each thre
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from requant.errors import InvariantError, RequantError
 from requant.execution.chunks import Chunk, matrix_runs
 from requant.execution.damaged_scales import ROW_SCALES, damaged_inputs, damaged_outputs
 from requant.execution.hessian_cache import HessianCache
+from requant.execution.input_estimates import INPUT_POWER, powers_of_matrix
 from requant.execution.layer_stats import LayerStats
 from requant.kernels import cast as values
 from requant.kernels import gptq, units
@@ -100,7 +102,8 @@ def _encode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffer
         wanted = buffers.take("dense", step.dtype, *_dense_shape(step, dense))
         stats.overflowed = values.cast_into(dense, wanted)
         dense = wanted
-    stats.merge(encode_rows(chunk, dense, outputs, buffers.hessians))
+    powers = inputs.get(INPUT_POWER)
+    stats.merge(encode_rows(chunk, dense, outputs, buffers.hessians, powers=powers))
     return stats
 
 
@@ -119,7 +122,8 @@ def _recode(chunk: Chunk, inputs: Arrays, outputs: Arrays, buffers: WorkerBuffer
     dense = buffers.take("dense", step.dtype, *_dense_shape(step, inputs["weight"]))
     assert step.source is not None
     _dequantize(step.source, inputs, dense, buffers)
-    return encode_rows(chunk, dense, outputs, buffers.hessians)
+    powers = inputs.get(INPUT_POWER)
+    return encode_rows(chunk, dense, outputs, buffers.hessians, powers=powers)
 
 
 def _dense_shape(step: Step, rows_of: np.ndarray) -> tuple[int, int]:
@@ -151,11 +155,13 @@ def encode_rows(
     dense: np.ndarray,
     outputs: Arrays,
     hessians: HessianCache,
+    *,
     blocks: units.BlockScales | None = None,
+    powers: np.ndarray | None = None,
 ) -> LayerStats:
     """Encode, and measure the quantization error while the values are in the cache.
 
-    With ``blocks`` the rows are E4M3 bytes.
+    With ``blocks`` the rows are E4M3 bytes. ``powers`` are those of ``InputPowers``.
     """
     step, params, stats = chunk.step, chunk.step.encode, LayerStats()
     assert params is not None, f"{step.operation} without EncodeParams"
@@ -171,7 +177,7 @@ def encode_rows(
             stored = units.StoredRows(HEADER_NAME[rows.dtype], *rows.shape)
         else:
             stored = byte_rows(step, blocks, first, last)
-        encoding, targets = row_encoding(step, matrix), QuantizedTensors.from_roles(part)
+        encoding, targets = row_encoding(step, matrix, powers), QuantizedTensors.from_roles(part)
         given = [array for array in targets if array is not None]
         found = stats_of(units.encode_rows(rows, stored, given, encoding, is_encoded=is_encoded))
         if found.first_nonfinite_row is not None:
@@ -199,19 +205,28 @@ def byte_rows(step: Step, blocks: units.BlockScales, first: int, last: int) -> u
     return units.StoredRows(dtype, last - first, step.rows.columns, moved)
 
 
-def row_encoding(step: Step, matrix: int) -> units.RowEncoding:
-    """How rows of one matrix of a stack are encoded."""
+def row_encoding(step: Step, matrix: int, powers: np.ndarray | None = None) -> units.RowEncoding:
+    """How rows of one matrix of a stack are encoded.
+
+    Errors are weighted with statistics of the inputs; without them, with the magnitude of each
+    value and with ``powers``, those of ``InputPowers``, if there are any.
+    """
     params = step.encode
     assert params is not None
     importance = params.importance
-    weights = None if importance is None else importance.weights(matrix)
+    means = None if importance is None else importance.weights(matrix)
     error_weights = None
     if params.weighted_error and importance is not None:
         equal = np.ones(step.rows.columns, np.float32)
-        error_weights = equal if weights is None else weights
+        error_weights = equal if means is None else means
+    encoding = units.RowEncoding(params.target, step.dtype, error_weights=error_weights)
     if params.search == "off":
-        return units.RowEncoding(params.target, step.dtype, error_weights=error_weights)
-    return units.RowEncoding(params.target, step.dtype, params.search, weights, error_weights)
+        return encoding
+    weights = means
+    if means is None and powers is not None:
+        weights = powers_of_matrix(step, powers, matrix)
+    by_magnitude = means is None
+    return replace(encoding, search=params.search, weights=weights, by_magnitude=by_magnitude)
 
 
 def stats_of(found: units.Found) -> LayerStats:
@@ -225,6 +240,8 @@ def stats_of(found: units.Found) -> LayerStats:
         squared_error=found.squared_error,
         squared_values=found.squared_values,
         max_error_steps=found.max_error_steps,
+        weighted_error=found.weighted_error,
+        weighted_values=found.weighted_values,
     )
 
 
@@ -253,7 +270,14 @@ def _run_packed(
     if decodes_rows(step):
         stored = inputs["weight"].view(np.uint8)
         blocks = packing.block_scales(inputs, rows[0])
-        return encode_rows(chunk, stored, outputs, buffers.hessians, blocks)
+        return encode_rows(
+            chunk,
+            stored,
+            outputs,
+            buffers.hessians,
+            blocks=blocks,
+            powers=inputs.get(INPUT_POWER),
+        )
     if step.operation is Operation.RECODE:
         width = step.rows.columns * NUMPY_DTYPE[step.dtype].itemsize
         results = {"weight": buffers.take("dense", step.dtype, chunk.rows, width)}
@@ -270,7 +294,8 @@ def _run_packed(
     strided.copy_selected_rows()
     if step.operation is Operation.DECODE:
         return LayerStats(overflowed=values.count_nonfinite(outputs["weight"]))
-    return encode_rows(chunk, results["weight"], outputs, buffers.hessians)
+    powers = inputs.get(INPUT_POWER)
+    return encode_rows(chunk, results["weight"], outputs, buffers.hessians, powers=powers)
 
 
 def _rounding_error(

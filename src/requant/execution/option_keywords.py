@@ -49,7 +49,7 @@ class _OfConvertPlanLoad(TypedDict, total=False):
     """
     search: str
     """"off" (as ``mx.quantize``, bit for bit), "fast" or "best": look for scales and biases with
-    a smaller squared error at the same size (docs/quantization/search.md).
+    a smaller weighted error at the same size (docs/quantization/search.md).
     """
     statistics: str | os.PathLike[str] | None
     """Importance of each input for the search: a file of ``calibrate``, or llama.cpp's imatrix.

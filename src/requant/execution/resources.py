@@ -23,6 +23,8 @@ _UNITS_PER_THREAD = 8  # at least, of a small model, so that all threads end at 
 _UNIT_PARTS = {"off": 1, "fast": 4, "best": 16}  # searches take longer
 # Python, NumPy and the plan itself, before the first buffer (measured: 45 to 60 MB).
 BASE_MEMORY_BYTES = 80 << 20
+# Steps whose input powers are kept, for each thread.
+KEPT_INPUT_POWERS = 2
 # What the import of a library adds (measured: 41 MB for mlx-lm).
 MLX_LM_MEMORY_BYTES = 48 << 20
 
@@ -156,7 +158,18 @@ def _held_next_to(plan: Plan) -> str:
     """What ``_overhead_bytes`` counts, for messages."""
     held = [] if plan.layout == "keep" else [f"{plan.layout} and the tensors that it computes"]
     held += ["factors of Hessians (--gptq)"] if any(step.gptq for step in plan.steps) else []
+    held += ["powers of inputs (--search)"] if any(step.estimate for step in plan.steps) else []
     return " and ".join(held)
+
+
+def _input_power_bytes(plan: Plan, threads: int) -> int:
+    """Of the sums of columns that each thread makes, and of the input powers that are kept."""
+    sizes = (
+        (step.rows.count // step.matrix_rows + 1) * step.rows.columns
+        for step in plan.steps
+        if step.estimate is not None
+    )
+    return max(sizes, default=0) * threads * (16 + 4 * KEPT_INPUT_POWERS)
 
 
 def _overhead_bytes(plan: Plan, threads: int, factorizations: int = 1) -> int:
@@ -166,6 +179,7 @@ def _overhead_bytes(plan: Plan, threads: int, factorizations: int = 1) -> int:
     worker may hold another that is ready, and small ones of the same batch wait.
     """
     factored = bytes_for(_most_gptq_inputs(plan), threads, factorizations)
+    factored += _input_power_bytes(plan, threads)
     if plan.layout == "keep":
         return factored
     sizes = {

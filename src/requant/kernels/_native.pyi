@@ -33,19 +33,27 @@ def nvfp4_quantize(w: numpy.typing.NDArray[Any], dtype: str, words: numpy.typing
 def nvfp4_dequantize(words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], out: numpy.typing.NDArray[Any], out_dtype: str, global_scale: float | None = None) -> None:
     """Values of nvfp4; F32 where there is a global scale."""
 
-def affine_search(w: numpy.typing.NDArray[Any], dtype: str, group_size: int, bits: int, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any]) -> None:
+def affine_search(w: numpy.typing.NDArray[Any], dtype: str, group_size: int, bits: int, level: str, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any]) -> None:
     """
-    As affine_quantize, with scales and biases searched for; weights: float32 bits, one a column, or None.
+    As affine_quantize, with scales and biases searched for; weights: float32 bits, one a column, or None; by_magnitude: whether they are multiplied with the magnitude of each value.
     """
 
-def mx_search(w: numpy.typing.NDArray[Any], dtype: str, mode: str, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> int:
+def mx_search(w: numpy.typing.NDArray[Any], dtype: str, mode: str, level: str, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any]) -> int:
     """
     As mx_quantize, with scales searched for; weights as those of affine_search.
     """
 
-def nvfp4_search(w: numpy.typing.NDArray[Any], dtype: str, level: str, weights: numpy.typing.NDArray[Any] | None, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], global_scale: float | None = None) -> None:
+def nvfp4_search(w: numpy.typing.NDArray[Any], dtype: str, level: str, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, words: numpy.typing.NDArray[Any], scales: numpy.typing.NDArray[Any], global_scale: float | None = None) -> None:
     """
     As nvfp4_quantize, with scales searched for; weights as those of affine_search.
+    """
+
+def column_sums(w: numpy.typing.NDArray[Any], dtype: str, magnitudes: numpy.typing.NDArray[Any], squares: numpy.typing.NDArray[Any]) -> None:
+    """Adds each column's sum of magnitudes and of squares (bits of float64)."""
+
+def weighted_errors(a: numpy.typing.NDArray[Any], b: numpy.typing.NDArray[Any], dtype: str, group_size: int, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool) -> tuple[float, float]:
+    """
+    The sums of weight * (a - b)^2 and of weight * a^2, with the weights that a search of a minimizes.
     """
 
 class EncodingError:
@@ -180,7 +188,7 @@ def cast_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]]
     The same with values rounded; returns the number of finite values that became infinite.
     """
 
-def encode_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, block_scales: tuple[numpy.typing.NDArray[Any], int, int, int] | None, dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, error_weights: numpy.typing.NDArray[Any] | None, is_encoded: bool, block_bytes: int) -> tuple[int, int, int, int, float, float, float]:
+def encode_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, block_scales: tuple[numpy.typing.NDArray[Any], int, int, int] | None, dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, error_weights: numpy.typing.NDArray[Any] | None, is_encoded: bool, block_bytes: int) -> tuple[int, int, int, int, float, float, float, float, float]:
     """
     Casts rows to dtype, encodes them into words, scales and biases, and measures the error; with is_encoded
     only measures. F8_E4M3 and F8_E4M3FNUZ take block_scales: float32 bits, rows and columns of a block, the

@@ -16,6 +16,7 @@ import numpy as np
 
 from requant.errors import InvariantError, UnsupportedDtypeError
 from requant.kernels import quantize as native
+from requant.kernels.input_power import estimated_power
 from requant.quantization.config import Quantization
 
 Array: TypeAlias = Any
@@ -41,9 +42,17 @@ class Backend(Protocol):
         """Lengths of the axes."""
 
     def quantize(
-        self, weight: Array, quantization: Quantization, search: str = "off", /
+        self,
+        weight: Array,
+        quantization: Quantization,
+        search: str = "off",
+        rows_are_tokens: bool = False,
+        /,
     ) -> tuple[Array, Array, Array | None]:
-        """Words, scales, and biases in affine mode; group_size is positive."""
+        """Words, scales, and biases in affine mode; group_size is positive.
+
+        ``rows_are_tokens``, for a search: the weight is an embedding or a head.
+        """
 
     def dequantize(
         self, words: Array, scales: Array, biases: Array | None, quantization: Quantization, /
@@ -87,11 +96,31 @@ class _NumPy:
         return array.shape
 
     def quantize(
-        self, weight: np.ndarray, quantization: Quantization, search: str = "off"
+        self,
+        weight: np.ndarray,
+        quantization: Quantization,
+        search: str = "off",
+        rows_are_tokens: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        return native.quantize(
-            _plain(weight), quantization, search=None if search == "off" else search
+        values = _plain(weight)
+        if search == "off" or values.ndim < 2 or not values.size:
+            return native.quantize(values, quantization, search=None if search == "off" else search)
+        made = [
+            native.quantize(
+                matrix,
+                quantization,
+                search=search,
+                weights=estimated_power(matrix, rows_are_tokens),
+                by_magnitude=True,
+            )
+            for matrix in values.reshape(-1, *values.shape[-2:])
+        ]
+        words, scales, biases = (
+            None if parts[0] is None else np.stack(parts).reshape(*values.shape[:-1], -1)
+            for parts in zip(*made, strict=True)
         )
+        assert words is not None and scales is not None
+        return words, scales, biases
 
     def dequantize(
         self,

@@ -28,7 +28,10 @@ def shape(array: mx.array) -> tuple[int, ...]:
 
 
 def quantize(
-    weight: mx.array, quantization: Quantization, search: str = "off"
+    weight: mx.array,
+    quantization: Quantization,
+    search: str = "off",
+    rows_are_tokens: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array | None]:
     """``mx.quantize``: words, scales, and biases in affine mode.
 

@@ -63,6 +63,7 @@ def quantize(
     global_scale: float | Array | None = None,
     search: str | None = None,
     weights: Array | None = None,
+    by_magnitude: bool = False,
 ) -> QuantizedTensors:
     """Quantize ``w`` of shape ``(..., out_features, in_features)``.
 
@@ -74,6 +75,8 @@ def quantize(
             biases with a smaller squared error (docs/quantization/search.md).
         weights: With a search: weights of the squared error, one for each input,
             ``(in_features,)``; not negative. All alike by default.
+        by_magnitude: With a search: multiply the weight of each value with its magnitude plus
+            0.375 times the mean magnitude of its group: large values are kept closer.
 
     Raises:
         OutOfRangeError: The mode does not take the bits or the group size.
@@ -102,6 +105,7 @@ def quantize(
         global_scale=global_scale,
         search=search,
         weights=weights,
+        by_magnitude=by_magnitude,
     )
     return out
 
@@ -114,6 +118,7 @@ def quantize_into(
     global_scale: float | None = None,
     search: str | None = None,
     weights: Array | None = None,
+    by_magnitude: bool = False,
 ) -> int:
     """Quantize into arrays of the caller; every array 2-D and C-contiguous.
 
@@ -133,18 +138,22 @@ def quantize_into(
         if search is None:
             _native.affine_quantize(values, name, group_size, bits, *parts)
         else:
-            _native.affine_search(values, name, group_size, bits, search, weights, *parts)
+            _native.affine_search(
+                values, name, group_size, bits, search, weights, by_magnitude, *parts
+            )
         return 0
     words, scales = out.words, out.scales.view(np.uint8)
     if mode == "nvfp4":
         if search is None:
             _native.nvfp4_quantize(values, name, words, scales, global_scale)
         else:
-            _native.nvfp4_search(values, name, search, weights, words, scales, global_scale)
+            _native.nvfp4_search(
+                values, name, search, weights, by_magnitude, words, scales, global_scale
+            )
         return 0
     if search is None:
         return _native.mx_quantize(values, name, mode, words, scales)
-    return _native.mx_search(values, name, mode, search, weights, words, scales)
+    return _native.mx_search(values, name, mode, search, weights, by_magnitude, words, scales)
 
 
 def quantize_measured(

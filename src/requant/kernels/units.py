@@ -67,6 +67,8 @@ class Found(NamedTuple):
     squared_error: float
     squared_values: float
     max_error_steps: float  # the largest error in steps of its group
+    weighted_error: float  # with a search: the sums with its weights; else 0
+    weighted_values: float
 
 
 class BlockScales(NamedTuple):
@@ -91,16 +93,17 @@ class StoredRows(NamedTuple):
 class RowEncoding:
     """How rows are encoded and the error is measured.
 
-    ``search`` and ``weights`` are those of ``kernels.quantize``. The step of a group is the
-    magnitude of its scale: the distance of neighbouring codes in affine mode, and the value of
-    element 1.0 in the others. With ``error_weights``, float32, one for each column, the sums of
-    squares are weighted.
+    ``search``, ``weights`` and ``by_magnitude`` are those of ``kernels.quantize``. The step of a
+    group is the magnitude of its scale: the distance of neighbouring codes in affine mode, and the
+    value of element 1.0 in the others. With ``error_weights``, float32, one for each column, the
+    sums of squares are weighted.
     """
 
     target: Quantization
     dtype: str  # header name of the dtype that values are cast to
     search: str | None = None
     weights: Array | None = None
+    by_magnitude: bool = False
     error_weights: Array | None = None
 
 
@@ -180,6 +183,7 @@ def encode_rows(
                 [_bits(place) for place in targets],
                 encoding.search,
                 search_weights(encoding.search, encoding.weights, columns),
+                encoding.by_magnitude,
                 None if error_weights is None else as_unsigned(error_weights),
                 is_encoded,
                 block_bytes,

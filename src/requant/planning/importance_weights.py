@@ -16,9 +16,7 @@ from requant.planning.plan import Step
 from requant.quantization.config import QuantMode
 from requant.text import join_first, pluralize
 
-WITHOUT_STATISTICS = Reason(
-    ReasonCode.WITHOUT_STATISTICS, "no statistics: searched without weights"
-)
+WITHOUT_STATISTICS = Reason(ReasonCode.WITHOUT_STATISTICS, "no statistics: importance is estimated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +25,8 @@ class WeightedSteps:
 
     # All steps; those that search have the importance of their layer's inputs.
     steps: tuple[Step, ...]
-    layers_without_statistics: tuple[str, ...]  # layers that are searched without statistics
-    # Layer -> number of its experts that no token reached; they are searched without statistics,
-    # too.
+    layers_without_statistics: tuple[str, ...]  # layers that are searched with estimates
+    # Layer -> number of its experts that no token reached; they are searched with estimates, too.
     experts_without_tokens: Mapping[str, int]
     # Layer -> why GPTQ, where it is requested, cannot be applied.
     gptq_skipped: Mapping[str, Reason]
@@ -49,7 +46,7 @@ class WeightedSteps:
         yield Note(NoteCode.IMPORTANCE, text)
         if self.layers_without_statistics:
             layers = join_first(self.layers_without_statistics)
-            text = f"{layers} found no statistics: searched without weights."
+            text = f"{layers} found no statistics: importance is estimated from their weights."
             yield Note(NoteCode.WITHOUT_STATISTICS, text)
         compensated = {step.layer for step in self.steps if step.gptq}
         if compensated:
@@ -62,7 +59,9 @@ class WeightedSteps:
         if self.experts_without_tokens:
             experts = pluralize(sum(self.experts_without_tokens.values()), "expert")
             layers = join_first(tuple(self.experts_without_tokens))
-            text = f"{experts} of {layers} saw no token: searched without weights."
+            text = (
+                f"{experts} of {layers} saw no token: importance is estimated from their weights."
+            )
             yield Note(NoteCode.EXPERTS_WITHOUT_TOKENS, text)
 
 
@@ -123,7 +122,9 @@ def _step_with_importance(step: Step, importance: Importance | None, gptq: bool)
         return step
     if step.rows.columns != importance.in_features:  # rows that were cut at group borders
         return step
-    return replace(step, encode=replace(step.encode, importance=importance, gptq=gptq))
+    estimate = step.encode.estimate if importance.matrices_without_tokens else None
+    encode = replace(step.encode, importance=importance, estimate=estimate, gptq=gptq)
+    return replace(step, encode=encode)
 
 
 def _gptq_skip_reason(step: Step, importance: Importance | None) -> Reason | None:

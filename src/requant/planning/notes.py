@@ -173,7 +173,9 @@ def _scale_search(
     if searched:
         held = pluralize(len(searched), "layer")
         # The error that GPTQ propagates makes single groups worse and the layer better.
-        promise = "" if any(searched.values()) else "no group is worse than by MLX's rule, and "
+        promise = ""
+        if not any(searched.values()):
+            promise = "no group has a larger weighted error than by MLX's rule, and "
         yield Note(
             NoteCode.SEARCHED,
             f"Scales of {held} are searched for ({selector.options.search}): {promise}the bits are "

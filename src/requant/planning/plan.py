@@ -86,14 +86,24 @@ class RowMapping:
         return first, first + (stop - start - 1) * self.step + 1
 
 
+class RowsOf(StrEnum):
+    """What the rows of a matrix belong to, which decides what its columns say of its inputs."""
+
+    FEATURES = "features"
+    TOKENS = "tokens"  # an embedding or a head
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeParams:
     """How dense rows are encoded."""
 
     target: Quantization
     search: str = "off"  # how scales are found: "off" as ``mx.quantize`` does, "fast" or "best"
-    # How errors of each input are weighted in the search; None weights all alike.
+    # Statistics of the inputs, whose mean squares weight the errors in the search; None for none.
     importance: Importance | None = None
+    # Without them, the power of each input is estimated from the step's columns; None if all inputs
+    # count alike.
+    estimate: RowsOf | None = None
     gptq: bool = False  # whether each column's error is compensated in the columns after it
     weighted_error: bool = False  # whether the error is measured with the weights of ``importance``
 
@@ -138,6 +148,11 @@ class Step:
         return None if self.encode is None else self.encode.importance
 
     @property
+    def estimate(self) -> RowsOf | None:
+        """What the rows belong to, where the power of each input is estimated from them."""
+        return None if self.encode is None else self.encode.estimate
+
+    @property
     def gptq(self) -> bool:
         """Whether errors are compensated."""
         return self.encode is not None and self.encode.gptq
@@ -149,6 +164,11 @@ class Step:
             return False
         is_affine = self.repack is not None and self.repack.mode is QuantMode.AFFINE
         return is_affine and self.packing.fidelity(self.dtype).exactness is Exactness.ROUNDED
+
+    @property
+    def matrix_rows(self) -> int:
+        """Rows of each matrix of a quantized output."""
+        return self.outputs["weight"].info.shape[-2]
 
     def row_bytes(self, tensor: SourceTensor | OutputTensor) -> int:
         """Bytes of one row in ``tensor``; of a part of a packed layer, its share of the bytes."""
@@ -401,6 +421,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "search": step.search,
         "row_order": step.rows.order and step.rows.order.digest,
         **({"importance": step.importance.to_dict()} if step.importance else {}),
+        **({"estimate": step.estimate} if step.estimate else {}),
         **({"gptq": True} if step.gptq else {}),
     }
 

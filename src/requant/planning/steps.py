@@ -17,10 +17,11 @@ from requant.formats.base import RowOrder, RowRange
 from requant.formats.widening import stored_rows, widened
 from requant.layouts.relayout import Relayout
 from requant.packings.base import EXACT, Exactness, Fidelity, Packing, rounded
-from requant.planning.plan import EncodeParams, Operation, OutputTensor, RowMapping, Step
+from requant.planning.plan import EncodeParams, Operation, OutputTensor, RowMapping, RowsOf, Step
 from requant.planning.target_selection import LayerDecision
 from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.options import ConvertOptions
+from requant.quantization.roles import rows_are_tokens
 
 
 def layer_steps(
@@ -45,6 +46,27 @@ def layer_steps(
         yield _coding_step(layer, target, dtype, options)
 
 
+def _encode_params(
+    layer: SourceLayer, target: Quantization, columns: int, options: ConvertOptions
+) -> EncodeParams:
+    """How rows of a layer are encoded; those that were cut at group borders have no columns."""
+    estimate = None
+    if options.search != "off" and len(layer.shape) > 1 and columns == layer.shape[-1]:
+        estimate = RowsOf.TOKENS if rows_are_tokens(layer.path) else RowsOf.FEATURES
+    return EncodeParams(target=target, search=options.search, estimate=estimate)
+
+
+def values_step(step: Step) -> Step:
+    """The step that makes the values which ``step`` encodes, row by row, and stores nothing."""
+    operation = Operation.DECODE
+    if step.operation is Operation.ENCODE:
+        is_same = step.inputs["weight"].info.dtype == step.dtype
+        operation = Operation.COPY if is_same else Operation.CAST
+    shape = (step.rows.count, step.rows.columns)
+    output = OutputTensor(f"{step.layer}.weight", TensorInfo(step.dtype, shape))
+    return replace(step, operation=operation, outputs={"weight": output}, encode=None)
+
+
 def _coding_step(
     layer: SourceLayer, target: Quantization | None, dtype: str, options: ConvertOptions
 ) -> Step:
@@ -65,7 +87,7 @@ def _coding_step(
             role: OutputTensor(f"{layer.path}.{role}", info) for role, info in outputs.items()
         },
         source=encoding,
-        encode=None if target is None else EncodeParams(target=target, search=options.search),
+        encode=None if target is None else _encode_params(layer, target, columns, options),
         dtype=dtype,
         global_scale=layer.parts.get("global_scale"),
     )
@@ -90,7 +112,7 @@ def _packed_steps(
     names = {"weight": layer.dense_name} if target is None else {}
     encode = None
     if target is not None:
-        encode = shared(EncodeParams(target=target, search=options.search))
+        encode = shared(_encode_params(layer, target, packing.columns, options))
     output_row = 0
     whole = layer if layer.packing is packing else replace(layer, packing=packing)
     for run in layer.row_ranges or (RowRange(whole, 0, packing.rows),):

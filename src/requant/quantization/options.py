@@ -201,8 +201,8 @@ class ConvertOptions:
     search: str = option(
         types.choice("off", *SEARCH_LEVELS, default="off"),
         doc='"off" (as ``mx.quantize``, bit for bit), "fast" or "best": look for scales and '
-        "biases with a smaller squared error at the same size (docs/quantization/search.md).",
-        help="How scales are chosen: off (as mx.quantize), fast, or best (lowest MSE, slower).",
+        "biases with a smaller weighted error at the same size (docs/quantization/search.md).",
+        help="How scales are chosen: off (as mx.quantize), fast, or best (least error, slower).",
         metavar="LEVEL",
         words=_search_words,
     )

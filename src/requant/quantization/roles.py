@@ -24,6 +24,14 @@ ROLES = {
 }
 
 
+_OF_TOKENS = re.compile(f"{ROLES['embedding']}|{ROLES['head']}")
+
+
+def rows_are_tokens(path: str) -> bool:
+    """Whether the rows of a layer's weight belong to tokens: an embedding or a head."""
+    return _OF_TOKENS.search(path) is not None
+
+
 _BLOCK = re.compile(r"^(?:(.*?)\.)?(\d+)(?=\.|$)")
 
 

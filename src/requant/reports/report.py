@@ -54,6 +54,8 @@ class LayerError(NamedTuple):
 
     relative_rms: float  # root of the summed squared error over the summed squared values
     max_steps: float  # largest error in units of its group's step
+    # As relative_rms, squares weighted as the search of scales weights them; None without a search.
+    weighted_rms: float | None = None
 
 
 def layer_errors(plan: Plan, outcome: RunResult) -> dict[str, LayerError]:
@@ -63,7 +65,10 @@ def layer_errors(plan: Plan, outcome: RunResult) -> dict[str, LayerError]:
         stats = outcome.findings.get(layer.layer)
         if stats is not None and layer.exactness == Exactness.REENCODED:
             rms = sqrt(stats.squared_error / stats.squared_values) if stats.squared_values else 0.0
-            errors[layer.layer] = LayerError(rms, stats.max_error_steps)
+            weighted = None
+            if stats.weighted_values:
+                weighted = sqrt(stats.weighted_error / stats.weighted_values)
+            errors[layer.layer] = LayerError(rms, stats.max_error_steps, weighted)
     return errors
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from requant.errors import InvariantError, MissingKeyError, OutOfRangeError
 from requant.kernels.backend import Array, Backend, Weights, backend_for
 from requant.quantization.config import PerLayerQuantization, Quantization
+from requant.quantization.roles import rows_are_tokens
 from requant.weights.layer_tensors import (
     BIASES,
     SCALES,
@@ -61,7 +62,7 @@ def quantize_weights(
         config: The default quantization and the per-layer overrides.
         eligible: Called as ``eligible(layer, array)``; true means quantize.
         search: NumPy arrays only: "fast" or "best" look for scales and biases with a smaller
-            squared error at the same size (docs/quantization/search.md); "off" is MLX's rule.
+            weighted error at the same size (docs/quantization/search.md); "off" is MLX's rule.
 
     Returns:
         A new weight map, of the library that came in.
@@ -102,7 +103,9 @@ def quantize_weights(
             result[name] = array
             continue
         with attach_layer(layer):
-            words, scales, biases = backend.quantize(array, targets[layer], search)
+            words, scales, biases = backend.quantize(
+                array, targets[layer], search, rows_are_tokens(layer)
+            )
         result[layer + WEIGHT] = words
         result[layer + SCALES] = scales
         if biases is not None:
