@@ -46,7 +46,7 @@ class Trial:
         return replace(
             step,
             operation=operation,
-            estimate=None,
+            encode=None if step.encode is None else replace(step.encode, estimate=None),
             rows=replace(step.rows, output_row=0, order=None),
             outputs={"weight": OutputTensor(f"{self.layer}.weight", info, str(number))},
         )

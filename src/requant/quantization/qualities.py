@@ -21,7 +21,7 @@ class Quality:
 
 # "fast" is what was best of all that takes no data (benchmarks/quality.md).
 QUALITIES: Mapping[str, Quality] = {
-    "fast": Quality(search="off", calibrates=False, gptq=False),
+    "fast": Quality(search="best", calibrates=False, gptq=False),
     "balanced": Quality(search="best", calibrates=True, gptq=False),
     "best": Quality(search="best", calibrates=True, gptq=True),
 }
