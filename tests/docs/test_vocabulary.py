@@ -50,7 +50,7 @@ PRIVATE = {
 # Word -> files where it is another's word or has its common meaning -> why.
 ALLOWED: dict[str, dict[str, str]] = {
     "w_bit": {
-        "declared.py|quantization_block.py|qweight_|gptq_awq|awq.md": "a key of AWQ's config"
+        "declared.py|quantization_block.py|known.py|qweight_|gptq_awq|awq.md": "key of AWQ's config"
     },
     "q_bits": {"libraries/base.py": "an argument of the libraries' convert"},
     "refuse": {"": "the value of --act-order that stops at such layers"},

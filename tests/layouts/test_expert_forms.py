@@ -9,6 +9,8 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,6 +20,8 @@ import pytest
 import requant
 from requant.layouts.any_form import layout_in_any_form
 from requant.layouts.conversion_trace import Shown
+from requant.layouts.expert_forms import FORMS as EVERY_FORM
+from requant.layouts.expert_forms import Reader
 from requant.libraries import MLX_LM, LayoutError, Request
 from tests.support.families import model_types, small_config
 from tests.support.hub_forms import FORMS
@@ -291,6 +295,47 @@ def test_fp8_stacks_reach_the_class_under_their_own_names(family: str, form: str
 
 
 # -- what cannot be ----------------------------------------------------------------------------
+SINGLE = [
+    f"model.layers.{n}.mlp.experts.{e}.{role}_proj.weight"
+    for n, e, role in product(range(2), range(2), ("gate", "up", "down"))
+]
+OTHERS = [f"model.layers.{n}.mlp.gate.weight" for n in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "class_names", "tries"),
+    [
+        (SINGLE, ["model.layers.0.mlp.switch_mlp.up_proj.weight"], 5),
+        (SINGLE, ["model.layers.0.block_sparse_moe.switch_mlp.up_proj.weight"], 5 + 6),
+        (["model.layers.0.mlp.experts.gate_up_proj"], ["model.layers.0.mlp.experts.up_proj"], 6),
+        (["a.layers.0.moe.experts.0.w1.weight"], ["a.layers.0.mlp.experts.up_proj.weight"], 5 + 6),
+        ([*SINGLE, "model.layers.5.moe.experts.0.w1.weight"], ["model.layers.0.mlp.x"], 6 + 6),
+    ],
+)
+def test_no_form_is_tried_twice(names: list[str], class_names: list[str], tries: int) -> None:
+    reader = Reader(in_turns=False, hidden=64)
+    assert len(list(reader.forms(class_names, names))) == tries
+
+
+@pytest.mark.parametrize("parent", ["mlp", "feed_forward"])
+def test_the_forms_that_are_left_out_change_nothing(parent: str) -> None:
+    """What they make has the names of the source, or of a form that is tried."""
+    reader = Reader(in_turns=False, hidden=64)
+    names = [name.replace(".mlp.", f".{parent}.") for name in (*SINGLE, *OTHERS)]
+    weights = {name: mx.zeros((32, 64) if "down" not in name else (64, 32)) for name in names}
+    tried = list(reader.forms([f"model.layers.0.{parent}.x"], names))
+    shapes = [shapes_of(weights), *(shapes_of(reader.adapter(x)(weights)) for x in tried)]
+    assert len({frozenset(x.items()) for x in shapes}) == len(shapes)
+    for form in EVERY_FORM:
+        for module in ("", parent):
+            made = shapes_of(reader.adapter(replace(form, parent=module))(weights))
+            assert form.in_turns or made in shapes
+
+
+def shapes_of(weights: Weights) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in weights.items()}
+
+
 def test_shapes_that_fit_no_form_are_rejected_as_they_are(tmp_path: Path) -> None:
     """Gate and up of one width, down of another: nothing is guessed."""
     stored_as("qwen3_moe", "fused", tmp_path)

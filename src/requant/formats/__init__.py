@@ -1,4 +1,4 @@
-"""The source formats, in the order in which they are asked: one module for each tool.
+"""The source formats: one module for each tool, imported when a checkpoint may be of its format.
 
 A *format* claims a checkpoint and sorts its tensors into layers (``base.Format``). A *packing*
 (``requant.packings``) says how the rows of a layer are computed from its tensors. ::
@@ -12,6 +12,7 @@ A *format* claims a checkpoint and sorts its tensors into layers (``base.Format`
     those with a module each          gguf, fp8, mxfp4, hqq, bitsandbytes, bitnet, metal, fp_quant,
                                       quark, torchao
     formats of other packages         plugins
+    how formats are recognized        known
     what no format claims             dense
 
 Shared by several of them: ``base`` (what a format returns), ``quantization_block`` (the block of
@@ -35,21 +36,9 @@ from requant.checkpoints.checkpoint import Checkpoint
 from requant.core.reasons import Note, NoteCode
 from requant.errors import CheckpointError, Problem
 from requant.formats.base import DefaultPolicy, Format, SourceLayer, SourceLayout
-from requant.formats.bitnet import BitNet
-from requant.formats.bitsandbytes import Bitsandbytes
-from requant.formats.compressed_tensors import CompressedTensors
 from requant.formats.dense import Dense
 from requant.formats.exclusions import with_exclusions
-from requant.formats.fp8 import Fp8
-from requant.formats.fp_quant import FpQuant
-from requant.formats.gguf import Gguf
-from requant.formats.gptq_awq import GptqAwqFormat
-from requant.formats.hqq import Hqq
-from requant.formats.metal import MetalFormat
-from requant.formats.mlx import Mlx
-from requant.formats.modelopt import ModelOpt
-from requant.formats.mxfp4 import Mxfp4
-from requant.formats.other_layers import read_each_layer
+from requant.formats.known import FORMATS
 from requant.formats.plugins import plugged_in
 from requant.formats.quantization_block import (
     QuantizationBlock,
@@ -59,8 +48,6 @@ from requant.formats.quantization_block import (
     float_form,
     with_block,
 )
-from requant.formats.quark import Quark
-from requant.formats.torchao import Torchao
 from requant.formats.unclaimed import check_unclaimed
 from requant.formats.unsupported_stacks import external_stacks
 
@@ -74,22 +61,6 @@ __all__ = [
     "read_layout",
 ]
 
-FORMATS: tuple[Format, ...] = (
-    Gguf(),
-    Mlx(),
-    *map(GptqAwqFormat, ("awq", "gptq", "auto-round", "paroquant")),
-    CompressedTensors(),
-    ModelOpt(),
-    Fp8(),
-    Mxfp4(),
-    Hqq(),
-    Bitsandbytes(),
-    BitNet(),
-    MetalFormat(),
-    FpQuant(),
-    Quark(),
-    Torchao(),
-)
 _DENSE = Dense()
 
 
@@ -151,7 +122,9 @@ def read_layout(checkpoint: Checkpoint) -> tuple[Format, SourceLayout]:
 def _read(checkpoint: Checkpoint) -> tuple[Format, SourceLayout, int]:
     """Format, layers, and how many of these the config describes wrongly."""
     format, against = detect(checkpoint), 0
-    if format in FORMATS and not isinstance(format, Gguf):
+    if format in FORMATS and checkpoint.gguf is None:
+        from requant.formats.other_layers import read_each_layer  # imports several readers
+
         layout, against = read_each_layer(format, FORMATS, checkpoint)
     else:
         layout = format.read(checkpoint)

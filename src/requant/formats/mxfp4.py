@@ -39,9 +39,9 @@ class Mxfp4:
                 if path != name and f"{path}{scales}" in checkpoint.tensors:
                     return f"{name} next to {path}{scales}"
         parts = layer_names(checkpoint.tensors).tensors
-        for path, (weight, scale) in _pairs(parts).items():
+        for weight, scale in _pairs(parts).values():
             if _is_flat(weight, scale):
-                return f"{parts[f'{path}.weight'].name} next to {scale.name}"
+                return f"{weight.name} next to {scale.name}"
         return None
 
     def read(self, checkpoint: Checkpoint) -> SourceLayout:

@@ -15,7 +15,6 @@ from requant.core.dtypes import FLOATS, NUMPY_DTYPE, TensorInfo
 from requant.core.reasons import Note, NoteCode
 from requant.errors import Problem
 from requant.formats.base import Format, SourceLayer, SourceLayout
-from requant.formats.one_reading import holds_float8
 from requant.formats.quantization_block import float_form
 from requant.formats.scale_names import Role, ScaleName, ScaleNames, code_paths
 from requant.formats.tensor_sorter import runtime_scales
@@ -255,9 +254,14 @@ class _Unclaimed:
 
     def _of_bytes(self) -> Iterator[Problem]:
         """Plain bytes are FP8 in arrays that came without dtypes, and not next to others."""
+        packed = [layer for layer in self.layout.layers if layer.packing is not None]
+        if not packed:
+            return
+        from requant.formats.one_reading import holds_float8  # imports packings
+
         codes = [
             layer.parts["weight"]
-            for layer in self.layout.layers
+            for layer in packed
             if holds_float8(layer.packing) and "weight" in layer.parts
         ]
         others = [part for part in codes if part.info.dtype.startswith("F8_")]

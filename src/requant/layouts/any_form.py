@@ -35,7 +35,7 @@ def layout_in_any_form(
         if not error.class_names or not has_experts(shown.tensors.keys()):
             raise
         reader = Reader.of(shown.config)
-        for form in reader.forms(error.class_names):
+        for form in reader.forms(error.class_names, shown.tensors.keys()):
             try:
                 layout = library_layout(library, shown, request, reader.adapter(form))
             except LayoutError:

@@ -114,17 +114,24 @@ class Reader:
         widths = (part.get("hidden_size") for part in reversed(parts))
         return Reader(in_turns, next((n for n in widths if isinstance(n, int)), 0))
 
-    def forms(self, class_names: Iterable[str]) -> Iterator[Form]:
-        """The forms to try, the most probable first.
+    def forms(self, class_names: Iterable[str], names: Collection[str]) -> Iterator[Form]:
+        """The forms to try, the most probable first, each of which changes the checkpoint.
+
+        A form that leaves every name as it is, or does what an earlier one does, is left out.
 
         Args:
             class_names: The parameters of the class.
+            names: The tensors of the checkpoint.
         """
         forms = [form for form in FORMS if self.in_turns or not form.in_turns]
-        yield from forms
+        single = _single_names(names)
+        for form in forms:
+            if not (form.one_by_one and single and single <= {*form.names[:3]}):
+                yield form
         modules = {part for name in class_names for part in name.split(".")}
+        above = {_split(prefix)[1] for prefix in _prefixes(names)}
         for parent in _PARENTS:
-            if parent in modules:
+            if parent in modules and above != {parent}:
                 yield from (replace(form, parent=parent) for form in forms)
 
     def adapter(self, form: Form) -> Adapter:
@@ -218,6 +225,22 @@ def words_for(names: Collection[str]) -> str:
     return "single experts" if any(map(_ONE.fullmatch, names)) else "stacks"
 
 
+def _prefixes(names: Iterable[str]) -> Iterator[str]:
+    """The modules that hold experts, once for each tensor."""
+    for name in names:
+        if one := _ONE.fullmatch(name):
+            yield one[1]
+        elif stack := _STACK.fullmatch(name):
+            yield stack[1] or stack[4]
+
+
+def _single_names(names: Collection[str]) -> set[str]:
+    """What single experts call their projections; nothing where there are stacks too."""
+    if any(map(_STACK.fullmatch, names)):
+        return set()
+    return {one[3] for one in map(_ONE.fullmatch, names) if one}
+
+
 # -- writing ---------------------------------------------------------------------------------
 
 
@@ -270,12 +293,17 @@ def _fused(experts: _Experts, in_turns: bool) -> _Experts:
 _LAYER = re.compile(r"(.*\.\d+\.|)(.+)")
 
 
+def _split(prefix: str) -> tuple[str, str]:
+    """The layer ("model.layers.0.") and the module in it that experts are in ("mlp")."""
+    above = _LAYER.fullmatch(prefix.removesuffix(".experts"))
+    return ("", "") if above is None else (above[1], above[2])
+
+
 def _base(prefix: str, form: Form) -> str:
     """The module that holds the experts of a layer."""
-    above = _LAYER.fullmatch(prefix.removesuffix(".experts"))
-    if above is None:  # experts right in the layer
+    layer, parent = _split(prefix)
+    if not parent:  # experts right in the layer
         return prefix
-    layer, parent = above.groups()
     return form.place.format(layer=layer, parent=form.parent or parent)
 
 
