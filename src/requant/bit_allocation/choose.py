@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 from requant.bit_allocation.knapsack import Allocation, Option, allocate
@@ -166,14 +167,17 @@ def _with_least_bits(measured: Measured, least: Mapping[str, int]) -> Measured:
 
 
 def _floors(measured: Measured, limit: int) -> dict[str, int]:
-    """The least bits of each layer: one less than what all layers could have within the limit."""
-    width = 0
-    for bits in BUDGET_BITS:
+    """The least bits of each layer: one width below what all layers could have within the limit.
+
+    Example: 3 bits for all would fit, 4 bits would not. No layer then has less than 2 bits.
+    """
+    floor = 0
+    for below, bits in pairwise((0, *BUDGET_BITS)):
         layers = _with_least_bits(measured, dict.fromkeys(measured.layers, bits)).layers
         least = sum(min(x.nbytes for x in candidates) for candidates in layers.values())
         if measured.fixed_bytes + least <= limit:
-            width = bits
-    return dict.fromkeys(measured.layers, width - 1)
+            floor = below
+    return dict.fromkeys(measured.layers, floor)
 
 
 def _bits(spec: str) -> int:
@@ -183,18 +187,23 @@ def _bits(spec: str) -> int:
     return found.bits
 
 
-# What a relative error of a layer costs a model next to one of the same size elsewhere: measured
-# on one model (benchmarks/quality.md), rounded; the first that fits. Any other layer counts 1.
+# What a relative error of a weight costs a model next to one in a down_proj: the divergence with
+# one kind of layer at 3 bits over relative error times weights, in three models, rounded
+# (benchmarks/quality.md). The first that fits; any other layer counts 1.
 _SENSITIVITY = (
-    ("v_proj", 6.0),
-    ("q_proj", 1 / 3),
+    ("v_proj", 4.5),
+    ("q_proj", 0.5),
     ("k_proj", 1.5),
-    ("o_proj", 1.5),
-    ("up_proj", 0.5),
+    ("o_proj", 1.25),
+    ("gate_proj", 0.7),
+    ("up_proj", 0.7),
     ("embedding", 1.5),
     ("head", 1.5),
 )
-_FIRST_BLOCK = 3.0
+_FIRST_BLOCK = 2.0
+# Large errors cost more than in proportion: with some layers at 2 bits, where errors are 0.1 to
+# 0.2, a model was worse than with 3 bits throughout (benchmarks/quality.md). 0.1 counts double.
+_GROWTH = 10.0
 
 
 def sensitivity(layer: str, place: tuple[int, int] | None) -> float:
@@ -204,8 +213,11 @@ def sensitivity(layer: str, place: tuple[int, int] | None) -> float:
 
 
 def cost(candidate: Candidate, size: int, weight: float) -> float:
-    """The estimated cost of a candidate: its relative error times size and sensitivity."""
-    return weight * size * candidate.error / candidate.energy if candidate.energy else 0.0
+    """The estimated cost of a candidate, from its relative error, size and sensitivity."""
+    if not candidate.energy:
+        return 0.0
+    error = candidate.error / candidate.energy
+    return weight * size * error * (1 + _GROWTH * error)
 
 
 def _describe_allocation(
@@ -220,7 +232,7 @@ def _describe_allocation(
     limit = budget.text if budget.is_size else f"{budget.text} bits per weight"
     return (
         f"Chosen within {limit}: {bits:.4f} bits per weight, {total:,} bytes; "
-        f"weighted relative squared error {answer.cost / weights:.4g}, {how} "
+        f"estimated cost a weight {answer.cost / weights:.4g}, {how} "
         f"that its candidates allow (bound {answer.bound / weights:.4g}; search {search})."
     )
 
@@ -234,7 +246,7 @@ def _infeasible_message(
     """The smallest possible size, and the budget to type instead; ``held`` are options."""
     least = measured.fixed_bytes + sum(min(x.nbytes for x in ways) for ways in ways_of_runs)
     bits = -(-8 * least * 1000 // measured.parameters) / 1000
-    more = f"; {' and '.join(held)} hold some layers larger" if held else ""
+    more = f"; {' and '.join(held)} may hold some layers larger" if held else ""
     next_one = f"{least}B" if budget.is_size else f"{bits:.3f}"
     return (
         f"--budget {budget.text} cannot be met: the least possible is {least:,} bytes, "
