@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import requant
-from requant.bit_allocation.choose import sensitivity
-from requant.bit_allocation.measurements import measurements_path
+from requant.bit_allocation.choose import _recipe, cost, sensitivity
+from requant.bit_allocation.measurements import Candidate, Measured, measurements_path
 from requant.errors import CheckpointError, UsageError
+from requant.quantization.config import Quantization
+from requant.quantization.options import ConvertOptions
 from requant.quantization.size_budget import parse_budget
 from tests.support.checkpoints import model, write_checkpoint
 from tests.support.plan_texts import note_texts
@@ -99,6 +101,85 @@ def test_overrides_win_and_take_their_share(source: Path) -> None:
     assert plan.bits_per_weight <= 4.6
 
 
+def bits_of(plan: requant.Plan) -> dict[str, int]:
+    return {x: int(text.split(" ")[1].split("-")[0]) for x, text in targets(plan).items()}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_protected_layers_have_at_least_their_bits(source: Path, order: int) -> None:
+    protect = ["up_proj=5", ("1.*up_proj", 6)][::order]
+    plan = requant.plan(source, budget=4.8, protect=protect, **KEEP)
+    assert plan.bits_per_weight <= 4.8
+    for layer, bits in bits_of(plan).items():
+        if "up_proj" in layer:
+            assert bits >= (6 if ".layers.1." in layer else 5), layer
+    assert min(bits_of(requant.plan(source, budget=4.8, **KEEP)).values()) < 5
+
+
+def test_one_protected_expert_protects_its_stack(source: Path) -> None:
+    plan = requant.plan(source, budget=4, protect=[r"1\.mlp\.experts\.2=6"], **KEEP)
+    found = {x: bits for x, bits in bits_of(plan).items() if "layers.1.mlp.experts" in x}
+    assert len(found) == 4 and min(found.values()) >= 6
+
+
+def test_overrides_win_over_protection(source: Path) -> None:
+    options: dict[str, Any] = {"protect": ["up_proj=4"], "overrides": [r"0\.mlp\.experts=3:64"]}
+    found = bits_of(requant.plan(source, budget=4.5, **options, **KEEP))
+    assert all(x >= 4 for layer, x in found.items() if re.search(r"[12]\.mlp\.experts", layer))
+    assert found["model.layers.0.mlp.experts.1.up_proj"] == 3
+
+
+def test_a_protection_that_does_not_fit(source: Path) -> None:
+    with pytest.raises(UsageError, match="--protect may hold some layers larger") as caught:
+        requant.plan(source, budget=4, protect=[".=8"], **KEEP)
+    found = re.search(r"--budget (\d\.\d+)$", str(caught.value))
+    assert found
+    requant.plan(source, budget=found[1], protect=[".=8"], **KEEP)
+
+
+@pytest.mark.parametrize(
+    ("protect", "message"),
+    [
+        ("up_proj", "is not REGEX=BITS"),
+        ("=4", "is not REGEX=BITS"),
+        ("up_proj=1", "from 2 to 8, as in 'up_proj=6'"),
+        ("up_proj=9", "from 2 to 8"),
+        ("up_proj=4:64", "from 2 to 8"),
+        ("(=4", "--protect '\\('"),
+        ("upproj=4", "--protect 'upproj': matches no layer; close matches: .*up_proj"),
+    ],
+)
+def test_what_is_not_a_protection(source: Path, protect: str, message: str) -> None:
+    with pytest.raises((UsageError, CheckpointError), match=message):
+        requant.plan(source, budget=4, protect=[protect], **KEEP)
+
+
+@pytest.mark.parametrize(("budget", "floor"), [(3.2, 2), (3.25, 2), (4.26, 3), (5.5, 4), (6.8, 5)])
+def test_no_layer_is_more_than_a_bit_below_what_all_could_have(budget: float, floor: int) -> None:
+    def candidates(energy: float) -> tuple[Candidate, ...]:
+        found = [(bits, size) for bits in (2, 3, 4, 5, 6, 8) for size in (64, 128)]
+        return tuple(
+            Candidate(f"{bits}:{size}", 500 * bits + 16000 // size, 4.0**-bits, energy)
+            for bits, size in found
+        )
+
+    # Errors of b cost next to nothing: what it does not take is of use to a.
+    layers = {"a": candidates(10.0), "b": candidates(1e9)}
+    measured = Measured(8000, 0, {}, layers, dict.fromkeys(layers, 4000), (("a",), ("b",)))
+    options = ConvertOptions(budget=str(budget))
+    recipe = _recipe(measured, parse_budget(budget), options, Quantization.affine(64, 4))
+    bits = {layer: int(rule.spec.split(":")[0]) for rule in recipe.rules for layer in rule.layers}
+    assert bits["b"] == floor
+    assert bits["a"] > floor
+
+
+def test_large_errors_cost_more_than_in_proportion() -> None:
+    small, large = (cost(Candidate("4:64", 1, error, 10.0), 7, 2.0) for error in (0.1, 1.0))
+    assert small == pytest.approx(14 * 0.01 * 1.1)
+    assert large == pytest.approx(14 * 0.1 * 2)
+    assert cost(Candidate("4:64", 1, 0.0, 0.0), 7, 2.0) == 0  # codes that stay
+
+
 def test_group_size_holds_for_all(source: Path) -> None:
     found = targets(requant.plan(source, budget=4, group_size=64, **KEEP))
     assert {text.rsplit(" ", 1)[1] for text in found.values()} == {"g64"}
@@ -116,7 +197,7 @@ def test_more_bits_go_where_errors_cost_more(source: Path) -> None:
         return int(found[layer].split(" ")[1].split("-")[0])
 
     found = targets(requant.plan(source, budget=4, group_size=64, **KEEP))
-    assert sensitivity("model.layers.0.self_attn.v_proj", (0, 3)) == 18.0
+    assert sensitivity("model.layers.0.self_attn.v_proj", (0, 3)) == 9.0
     assert bits("model.layers.0.self_attn.v_proj") > bits("model.layers.2.mlp.experts.0.up_proj")
 
 
@@ -207,10 +288,10 @@ def test_models_under_both_layouts(name: str, layout: str, tmp_path: Path) -> No
 
 def test_a_quantized_source_keeps_codes_where_they_fit(source: Path, tmp_path: Path) -> None:
     requant.convert(source, tmp_path / "four", bits=4, **KEEP)
-    whole = requant.plan(tmp_path / "four", budget=6, **KEEP)
+    whole = requant.plan(tmp_path / "four", budget=6, protect=["up_proj=6"], **KEEP)
     assert {x.treatment for x in whole.layers if x.target != "BF16"} == {"kept"}
-    report = requant.convert(tmp_path / "four", tmp_path / "less", budget=3.8, **KEEP)
-    assert report.bits_per_weight <= 3.8
+    report = requant.convert(tmp_path / "four", tmp_path / "less", budget=4.2, **KEEP)
+    assert report.bits_per_weight <= 4.2
     assert {"kept", "requantized"} <= {x.treatment for x in report.plan.layers}
     assert requant.verify(tmp_path / "four", tmp_path / "less").ok
 

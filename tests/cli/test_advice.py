@@ -61,6 +61,16 @@ OPTIONS: dict[str, tuple[str, str, str]] = {
         "--save-recipe new.toml --budget 4.5",
     ),
     "a budget and bits": ("--budget 4.5 --bits 4", "leave --bits out", "--budget 4.5"),
+    "protection without a budget": (
+        "--protect q_proj=6",
+        "--override q_proj=6 sets bits without a budget",
+        "--override q_proj=6",
+    ),
+    "a protection's bits": (
+        "--budget 5 --protect q_proj=9",
+        "from 2 to 8, as in 'q_proj=6'",
+        "--budget 5 --protect q_proj=6",
+    ),
     "gptq with a mode": (
         "--gptq --mode mxfp4 --imatrix x.safetensors",
         "leave --mode mxfp4 out",

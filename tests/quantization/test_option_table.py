@@ -134,6 +134,7 @@ def test_a_keyword_that_is_none_is_a_type_error(function: object) -> None:
         ({"dequantize": True, "bits": 4}, "choose one: dequantize, or bits"),
         ({"gptq": True}, "--gptq needs Hessians"),
         ({"budget": 4, "bits": 4}, "--budget chooses bits itself: leave --bits out"),
+        ({"protect": ["a=6"]}, "--override a=6 sets bits without a budget"),
     ],
 )
 def test_values_are_checked_when_options_are_made(arguments: dict, message: str) -> None:
@@ -154,6 +155,10 @@ def test_values_are_checked_when_options_are_made(arguments: dict, message: str)
             ["--bits", "6", "--group-size", "32"],
         ),
         ({"budget": 4.5, "group_size": 128}, ["--group-size", "128", "--budget", "4.5"]),
+        (
+            {"budget": 4, "protect": ["a=b=6", ("c", 4)]},
+            ["--budget", "4", "--protect", "a=b=6", "--protect", "c=4"],
+        ),
         ({"recipe": "ends-8"}, ["--recipe", "ends-8"]),
         ({"recipe": "mixed_3_6", "bits": 4}, ["--bits", "4", "--recipe", "mixed_3_6"]),
         ({"overrides": ["a=8:32", "b=skip"]}, ["--override", "a=8:32", "--override", "b=skip"]),

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 from requant.bit_allocation.knapsack import Allocation, Option, allocate
 from requant.bit_allocation.measure import (
-    BITS,
     DEFAULT_TARGET,
     GROUP_SIZES,
     measure,
@@ -25,6 +25,7 @@ from requant.bit_allocation.measure import (
 )
 from requant.bit_allocation.measurements import Candidate, Measured, MeasuredErrors
 from requant.checkpoints.checkpoint import Checkpoint
+from requant.core.regex import regex_time_budget, search
 from requant.errors import UsageError
 from requant.output.record import version
 from requant.planning.layout_selection import vision_part
@@ -34,7 +35,8 @@ from requant.quantization.config import Quantization
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.recipes import Recipe, Rule
 from requant.quantization.roles import ROLES, block_positions
-from requant.quantization.size_budget import SizeBudget, parse_budget
+from requant.quantization.size_budget import BUDGET_BITS, SizeBudget, parse_budget
+from requant.quantization.specs import parse_spec
 from requant.sources.open import as_checkpoint
 
 _FORMAT = 2  # of the file that keeps measurements
@@ -71,30 +73,43 @@ def allocate_bits(
     kept = MeasuredErrors(keep, _key(planned.plan, options))
     measured, options = measure(laid_out, planned, options, run, kept)
     default = options.quantization or DEFAULT_TARGET
-    recipe = _recipe(measured, budget, options.search, default)
+    recipe = _recipe(measured, budget, options, default)
     return replace(options, quantization=default, recipe=recipe)
 
 
 def _key(base: Plan, options: ConvertOptions) -> str:
-    """A hash of everything that measurements depend on; the budget is not among it."""
-    asked = options.to_dict() | {"budget": None}
-    data = [_FORMAT, version(), BITS, GROUP_SIZES, asked, [asdict(file) for file in base.files]]
+    """A hash of everything that measurements depend on; budget and protection are not among it."""
+    asked = options.to_dict() | {"budget": None, "protect": []}
+    data = [
+        _FORMAT,
+        version(),
+        BUDGET_BITS,
+        GROUP_SIZES,
+        asked,
+        [asdict(file) for file in base.files],
+    ]
     return sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _recipe(measured: Measured, budget: SizeBudget, search: str, default: Quantization) -> Recipe:
+def _recipe(
+    measured: Measured, budget: SizeBudget, options: ConvertOptions, default: Quantization
+) -> Recipe:
     """The choice with the least cost within the budget, as a recipe."""
     limit = budget.limit(measured.parameters)
+    measured = _with_least_bits(measured, _protected(measured.layers, options.protect))
+    measured = _with_least_bits(measured, _floors(measured, limit))
     positions = block_positions(measured.layers)
     weights = {layer: sensitivity(layer, positions.get(layer)) for layer in measured.layers}
-    runs, options = [], []
+    runs, ways_of_runs = [], []
     for run in measured.tied_groups:
         for layers, ways in _common_candidates(measured, run, weights):
             runs.append((layers, [spec for spec, _ in ways]))
-            options.append([option for _, option in ways])
-    answer = allocate(options, limit - measured.fixed_bytes)
+            ways_of_runs.append([option for _, option in ways])
+    answer = allocate(ways_of_runs, limit - measured.fixed_bytes)
     if answer is None:
-        raise UsageError(_infeasible_message(budget, measured, options))
+        held = ["--protect"] if options.protect else []
+        held += ["--override and --only"] if measured.fixed else []
+        raise UsageError(_infeasible_message(budget, measured, ways_of_runs, held))
     specs = dict(measured.fixed)
     for (layers, spelled), index in zip(runs, answer.chosen, strict=True):
         specs |= dict.fromkeys(layers, spelled[index])
@@ -103,11 +118,11 @@ def _recipe(measured: Measured, budget: SizeBudget, search: str, default: Quanti
         by_spec[specs[layer]].append(layer)
     return Recipe(
         f"budget-{budget.text}",
-        _describe_allocation(budget, measured, answer, search),
+        _describe_allocation(budget, measured, answer, options.search),
         default,
         tuple(Rule(spec, layers=tuple(layers)) for spec, layers in sorted(by_spec.items())),
         is_builtin=False,
-        search="" if search == "off" else search,
+        search="" if options.search == "off" else options.search,
     )
 
 
@@ -131,18 +146,64 @@ def _common_candidates(
     return [(tuple(run), ways)]
 
 
-# What a relative error of a layer costs a model next to one of the same size elsewhere: measured
-# on one model (benchmarks/quality.md), rounded; the first that fits. Any other layer counts 1.
+@regex_time_budget()
+def _protected(layers: Iterable[str], protections: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """The least bits of the layers that patterns match."""
+    found: dict[str, int] = {}
+    for pattern, bits in protections:
+        for layer in layers:
+            if search(pattern, layer):
+                found[layer] = max(bits, found.get(layer, 0))
+    return found
+
+
+def _with_least_bits(measured: Measured, least: Mapping[str, int]) -> Measured:
+    """The measurements without candidates of fewer bits; codes that stay have no error."""
+    layers = {
+        layer: tuple(x for x in candidates if not x.energy or _bits(x.spec) >= least.get(layer, 0))
+        for layer, candidates in measured.layers.items()
+    }
+    return replace(measured, layers=layers)
+
+
+def _floors(measured: Measured, limit: int) -> dict[str, int]:
+    """The least bits of each layer: one width below what all layers could have within the limit.
+
+    Example: 3 bits for all would fit, 4 bits would not. No layer then has less than 2 bits.
+    """
+    floor = 0
+    for below, bits in pairwise((0, *BUDGET_BITS)):
+        layers = _with_least_bits(measured, dict.fromkeys(measured.layers, bits)).layers
+        least = sum(min(x.nbytes for x in candidates) for candidates in layers.values())
+        if measured.fixed_bytes + least <= limit:
+            floor = below
+    return dict.fromkeys(measured.layers, floor)
+
+
+def _bits(spec: str) -> int:
+    """Bits of a candidate."""
+    found = parse_spec(spec)
+    assert isinstance(found, Quantization)
+    return found.bits
+
+
+# What a relative error of a weight costs a model next to one in a down_proj: the divergence with
+# one kind of layer at 3 bits over relative error times weights, in three models, rounded
+# (benchmarks/quality.md). The first that fits; any other layer counts 1.
 _SENSITIVITY = (
-    ("v_proj", 6.0),
-    ("q_proj", 1 / 3),
+    ("v_proj", 4.5),
+    ("q_proj", 0.5),
     ("k_proj", 1.5),
-    ("o_proj", 1.5),
-    ("up_proj", 0.5),
+    ("o_proj", 1.25),
+    ("gate_proj", 0.7),
+    ("up_proj", 0.7),
     ("embedding", 1.5),
     ("head", 1.5),
 )
-_FIRST_BLOCK = 3.0
+_FIRST_BLOCK = 2.0
+# Large errors cost more than in proportion: with some layers at 2 bits, where errors are 0.1 to
+# 0.2, a model was worse than with 3 bits throughout (benchmarks/quality.md). 0.1 counts double.
+_GROWTH = 10.0
 
 
 def sensitivity(layer: str, place: tuple[int, int] | None) -> float:
@@ -152,8 +213,11 @@ def sensitivity(layer: str, place: tuple[int, int] | None) -> float:
 
 
 def cost(candidate: Candidate, size: int, weight: float) -> float:
-    """The estimated cost of a candidate: its relative error times size and sensitivity."""
-    return weight * size * candidate.error / candidate.energy if candidate.energy else 0.0
+    """The estimated cost of a candidate, from its relative error, size and sensitivity."""
+    if not candidate.energy:
+        return 0.0
+    error = candidate.error / candidate.energy
+    return weight * size * error * (1 + _GROWTH * error)
 
 
 def _describe_allocation(
@@ -168,18 +232,21 @@ def _describe_allocation(
     limit = budget.text if budget.is_size else f"{budget.text} bits per weight"
     return (
         f"Chosen within {limit}: {bits:.4f} bits per weight, {total:,} bytes; "
-        f"weighted relative squared error {answer.cost / weights:.4g}, {how} "
+        f"estimated cost a weight {answer.cost / weights:.4g}, {how} "
         f"that its candidates allow (bound {answer.bound / weights:.4g}; search {search})."
     )
 
 
 def _infeasible_message(
-    budget: SizeBudget, measured: Measured, options: Sequence[Sequence[Option]]
+    budget: SizeBudget,
+    measured: Measured,
+    ways_of_runs: Sequence[Sequence[Option]],
+    held: Sequence[str],
 ) -> str:
-    """The smallest possible size, and the budget to type instead."""
-    least = measured.fixed_bytes + sum(min(x.nbytes for x in ways) for ways in options)
+    """The smallest possible size, and the budget to type instead; ``held`` are options."""
+    least = measured.fixed_bytes + sum(min(x.nbytes for x in ways) for ways in ways_of_runs)
     bits = -(-8 * least * 1000 // measured.parameters) / 1000
-    more = "; --override and --only hold some layers larger" if measured.fixed else ""
+    more = f"; {' and '.join(held)} may hold some layers larger" if held else ""
     next_one = f"{least}B" if budget.is_size else f"{bits:.3f}"
     return (
         f"--budget {budget.text} cannot be met: the least possible is {least:,} bytes, "

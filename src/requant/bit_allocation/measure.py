@@ -27,9 +27,9 @@ from requant.planning.planner import (
 )
 from requant.quantization.config import Quantization
 from requant.quantization.options import ConvertOptions, RunOptions
+from requant.quantization.size_budget import BUDGET_BITS
 from requant.quantization.specs import format_spec
 
-BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_TARGET = Quantization.affine(64, 4)  # of what no candidate is chosen for
 
@@ -159,7 +159,7 @@ def _candidates(
     groups = GROUP_SIZES if options.quantization is None else (options.quantization.group_size,)
     for group_size in groups:
         first, layout = made_for, laid_out
-        for bits in BITS:
+        for bits in BUDGET_BITS:
             target = Quantization.affine(group_size, bits)
             candidate = _with_uniform_target(options, target)
             same = with_target(layout.chosen, first, target)

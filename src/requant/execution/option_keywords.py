@@ -68,6 +68,11 @@ class _OfConvertPlanLoad(TypedDict, total=False):
     layer to minimise quantization error within it. The source is measured first; ``overrides``
     and ``only`` win, ``group_size`` holds for all other layers.
     """
+    protect: Iterable[str | tuple[str, int]]
+    """``"REGEX=BITS"`` or ``(regex, bits)`` on layer paths: layers that match have at least so
+    many bits in what ``budget`` chooses; the largest match holds. Codes that stay what they are
+    in the source lose nothing and may have fewer.
+    """
     max_memory: int | None
     """Most bytes to hold in memory."""
     threads: int | None

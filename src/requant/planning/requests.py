@@ -29,6 +29,7 @@ def check_patterns(selector: TargetSelector) -> Iterator[Problem]:
     """Patterns that match no layer, which are probably typos, with similar names."""
     paths = [layer.path for layer in selector.layout.layers if layer.is_weight]
     named = [("override", pattern) for pattern, _ in selector.options.overrides]
+    named += [("protect", pattern) for pattern, _ in selector.options.protect]
     named += [("only", pattern) for pattern in selector.options.only]
     for option, pattern in named:
         if any(search(pattern, path) for path in paths):

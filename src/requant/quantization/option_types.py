@@ -14,13 +14,15 @@ from requant.quantization.modes import check_quantization
 from requant.quantization.part import Part
 from requant.quantization.recipe_files import load_recipe, recipe_from_dict, recipe_names
 from requant.quantization.recipes import Recipe
-from requant.quantization.size_budget import parse_budget, size_text
+from requant.quantization.size_budget import BUDGET_BITS, parse_budget, size_text
 from requant.quantization.specs import Spec, check_regex, format_spec, parse_spec
 
 # The words of --dtype and their names in safetensors headers.
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 Override = tuple[str, Spec]
+Protection = tuple[str, int]
+"""A pattern on layer paths, and the least bits that a budget gives the layers it matches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +167,25 @@ def parse_override(
     return pattern, parse_spec(spec, base) if isinstance(spec, str) else spec
 
 
+def parse_protection(text: str | tuple[str, int]) -> Protection:
+    """Parse ``REGEX=BITS``; the last ``=`` divides, so the regex may contain others.
+
+    Raises:
+        UsageError: It has another form, or no quantization has as many or as few bits.
+    """
+    pattern, bits = text if isinstance(text, tuple) else text.rpartition("=")[::2]
+    if not pattern:
+        raise UsageError(f"--protect {text!r} is not REGEX=BITS, as in 'lm_head=6'")
+    check_regex(pattern, "--protect")
+    least, most = min(BUDGET_BITS), max(BUDGET_BITS)
+    if not str(bits).strip().isdecimal() or not least <= int(bits) <= most:
+        raise UsageError(
+            f"--protect {pattern}={bits}: {str(bits)!r} is not a number of bits from {least} to "
+            f"{most}, as in '{pattern}=6'"
+        )
+    return pattern, int(bits)
+
+
 def _checked(quantization: Quantization) -> Quantization:
     """Return ``quantization`` if MLX supports it; else raise OutOfRangeError."""
     check_quantization(quantization.bits, quantization.group_size, quantization.mode.value)
@@ -260,6 +281,18 @@ BUDGET = ValueType(
     parse=lambda value: parse_budget(value).text,
     from_json=_budget_from_json,
     metavar="SIZE",
+)
+PROTECTIONS = ValueType(
+    annotation="Iterable[str | tuple[str, int]]",
+    expected="a list of REGEX=BITS",
+    is_valid=lambda value: isinstance(value, tuple),
+    default=(),
+    parse=lambda value: tuple(map(parse_protection, [value] if isinstance(value, str) else value)),
+    to_words=lambda value: [f"{pattern}={bits}" for pattern, bits in value],
+    to_json=lambda value: [*map(list, value)],
+    from_json=lambda data: tuple(parse_protection((str(regex), bits)) for regex, bits in data),
+    on_command_line="texts",
+    metavar="REGEX=BITS",
 )
 PART = ValueType(
     annotation="str",

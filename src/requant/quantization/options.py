@@ -248,6 +248,14 @@ class ConvertOptions:
         help="Mixed precision: choose bits and group size per layer to minimise quantization "
         "error within a target size (4.5 bits per weight, or 12GB). Reads the weights.",
     )
+    protect: tuple[types.Protection, ...] = option(
+        types.PROTECTIONS,
+        doc='``"REGEX=BITS"`` or ``(regex, bits)`` on layer paths: layers that match have at least '
+        "so many bits in what ``budget`` chooses; the largest match holds. Codes that stay what "
+        "they are in the source lose nothing and may have fewer.",
+        help="With --budget: at least BITS bits (2 to 8) for layers whose path matches REGEX. "
+        "Repeatable; the largest that matches holds.",
+    )
     shard_size: int = option(
         types.SIZE,
         default=5 << 30,
@@ -514,6 +522,12 @@ def _check_budget_is_exclusive(arguments: Mapping[str, Any]) -> None:
     The arguments are checked: later the options have both the budget and the recipe it chose.
     """
     if arguments.get("budget") is None:
+        if protected := arguments.get("protect"):
+            pattern, bits = protected[0]
+            raise UsageError(
+                f"--protect {pattern}={bits} is the least that --budget gives a layer: add "
+                f"--budget, as in 4.5. --override {pattern}={bits} sets bits without a budget"
+            )
         return
     given = {
         "a Quantization": arguments["quantization"],

@@ -8,6 +8,8 @@ from fractions import Fraction
 
 from requant.errors import UsageError
 
+BUDGET_BITS = (2, 3, 4, 5, 6, 8)  # among which a budget chooses
+
 SIZE_UNITS: dict[str, int] = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SIZE_UNITS |= {f"{unit}IB": size for unit, size in SIZE_UNITS.items() if unit}
 SIZE_UNITS |= {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
