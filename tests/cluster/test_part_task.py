@@ -1,7 +1,9 @@
 """A shipped plan run part by part gives the bytes of one process; what differs is rejected."""
 
 import pickle
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def ran(monkeypatch: MonkeyPatch) -> Ran:
     """Run the tasks in this process, each with the job as it arrives at a worker."""
     jobs: Ran = []
 
-    def run(job: Job, address: str | None, parts: int | None, progress: object) -> None:
+    def run(ray: object, job: Job, parts: int | None, progress: object) -> None:
         count = parts or 3
         numbers = range(1, count + 1)
         outcomes = [run_part(pickle.loads(pickle.dumps(job)), Part(n, count)) for n in numbers]
@@ -42,6 +44,7 @@ def ran(monkeypatch: MonkeyPatch) -> Ran:
         if problems := [x for outcome in outcomes for x in outcome.problems]:
             raise CheckpointError(job.source, problems)
 
+    monkeypatch.setattr(conversion, "connected", lambda address: nullcontext())
     monkeypatch.setattr(conversion, "run_on_ray", run)
     return jobs
 
@@ -111,10 +114,11 @@ def job(tmp_path: Path, monkeypatch: MonkeyPatch) -> Job:
     """A job whose output is begun, of which no part has run."""
     jobs: list[Job] = []
 
-    def stop(job: Job, *_: object) -> None:
+    def stop(ray: object, job: Job, *_: object) -> None:
         jobs.append(job)
         raise ClusterError("stopped")
 
+    monkeypatch.setattr(conversion, "connected", lambda address: nullcontext())
     monkeypatch.setattr(conversion, "run_on_ray", stop)
     with pytest.raises(ClusterError, match="stopped"):
         requant.convert(MICRO_LLAMA, tmp_path / "out", **KEEP_4_BITS, engine="ray")
@@ -149,6 +153,13 @@ def test_a_cluster_that_went_away(job: Job, tmp_path: Path) -> None:
     requant.join(tmp_path / "out")
     requant.convert(MICRO_LLAMA, tmp_path / "one", **KEEP_4_BITS)
     assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def test_ray_is_not_installed(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ClusterError, match=r"pip install 'requant\[ray\]'"):
+        requant.convert(MICRO_LLAMA, tmp_path / "out", **KEEP_4_BITS, engine="ray")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- options -------------------------------------------------------------------------------------

@@ -135,6 +135,8 @@ def test_a_cluster_that_goes_away(
     assert tree(tmp_path / "out") == tree(tmp_path / "one")
 
 
-def test_there_is_no_cluster(tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="no Ray cluster can be reached at --address auto"):
-        requant.convert(MICRO_LLAMA, tmp_path / "out", **OPTIONS, engine="ray")
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:9", "ray://127.0.0.1:9", "nonsense"])
+def test_there_is_no_cluster(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=f"no Ray cluster can be reached at --address {address}"):
+        requant.convert(MICRO_LLAMA, tmp_path / "out", **OPTIONS, engine="ray", address=address)
+    assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ from requant.calibration.cost import CalibrationCost
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import is_gguf
 from requant.cluster.part_task import Job
-from requant.cluster.ray_engine import run_on_ray
+from requant.cluster.ray_engine import connected, run_on_ray
 from requant.core.reasons import Note, NoteCode
 from requant.core.types import Source
 from requant.errors import CheckpointError, OutputError, UsageError
@@ -243,22 +243,23 @@ def convert_on_cluster(
         CheckpointError: Layers hold NaN or Inf.
     """
     options = with_absolute_paths(options)
-    planned = plan_with_source(_checkpoint(opened, options), options)
-    PartFolder(
-        planned.plan, planned.source.opened, output, Part(1, 1), command, force=run.force
-    ).begin()
-    job = Job(
-        plan=planned.plan,
-        plan_hash=planned.plan.hash,
-        source=command["source"],
-        revision=command["revision"],
-        output=str(output.absolute()),
-        options=options,
-        run=replace(run, progress=None),
-        command=command,
-        requant=version(),
-    )
-    run_on_ray(job, run.address, run.parts, run.progress)
+    with connected(run.address) as ray:
+        planned = plan_with_source(_checkpoint(opened, options), options)
+        plan = planned.plan
+        opened_source = planned.source.opened
+        PartFolder(plan, opened_source, output, Part(1, 1), command, force=run.force).begin()
+        job = Job(
+            plan=plan,
+            plan_hash=plan.hash,
+            source=command["source"],
+            revision=command["revision"],
+            output=str(output.absolute()),
+            options=options,
+            run=replace(run, progress=None),
+            command=command,
+            requant=version(),
+        )
+        run_on_ray(ray, job, run.parts, run.progress)
     attempt = _when_unlocked(lambda: _run_and_publish(planned, output, options, run))
     if attempt.problems:
         raise CheckpointError(planned.plan.source, list(attempt.problems))

@@ -86,7 +86,7 @@ def join_command(
 
 
 def with_absolute_paths(options: ConvertOptions) -> ConvertOptions:
-    """The options as they mean the same in another working directory."""
+    """The options as they mean the same from another working folder."""
     return replace(
         options,
         config_from=_absolute(options.config_from),

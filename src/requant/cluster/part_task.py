@@ -90,7 +90,7 @@ def _run(
     steps = steps_of_part(job.plan, part)
     source = _open(job, steps)
     run = replace(job.run, progress=progress)
-    with PartFolder(job.plan, source.opened, output, part, job.command, run.force) as sink:
+    with PartFolder(job.plan, source.opened, output, part, job.command, force=run.force) as sink:
         attempt = run_once(Planned(job.plan, source), sink, job.options, run)
         if not attempt.problems:
             sink.finish()

@@ -7,9 +7,11 @@ does what its journal lacks. An actor holds the latest progress of each part.
 from __future__ import annotations
 
 import logging
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +23,7 @@ from requant.text import one_line
 
 MAX_RETRIES = 8  # of a part whose worker or machine died
 PARTS_PER_SLOT = 4  # so that machines of different speed end at about the same time
+_CONNECT_S = 10.0
 _POLL_S = 0.5
 _REPORT_S = 1.0
 
@@ -41,16 +44,27 @@ def connected(address: str | None) -> Iterator[Any]:
         return
     where = address or "auto"
     try:
+        _check_reachable(where)
         ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises many kinds, RuntimeError and ValueError among them
         raise ClusterError(
             f"no Ray cluster can be reached at --address {where} ({one_line(error)}). `ray start` "
             "makes this machine part of one; ray://HOST:10001 names one from outside"
         ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    # Ray prints its warnings, such as those on machines that die, on standard output, the last of
+    # them when it is shut down.
+    with redirect_stdout(sys.stderr):
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError where nothing answers at a host and port, for which Ray waits a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,22 +128,21 @@ def _task(job: Job, part: Part, board: Any) -> PartOutcome:
 
 
 def run_on_ray(
+    ray: Any,
     job: Job,
-    address: str | None,
     parts: int | None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[PartOutcome]:
-    """Run all parts of a job and return when they are done.
+    """Run all parts of a job and return when they are done; ``ray`` is what ``connected`` gives.
 
     Raises:
         ClusterError: A part failed, or died more than ``MAX_RETRIES`` times.
         CheckpointError: Values of the source are NaN, or infinite: of all parts.
     """
-    with connected(address) as ray:
-        cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        shape = shape_of(cpus, job.run.threads, parts)
-        job = replace(job, run=replace(job.run, threads=shape.threads))
-        return _Run(ray, job, shape).run(progress)
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    shape = shape_of(cpus, job.run.threads, parts)
+    job = replace(job, run=replace(job.run, threads=shape.threads))
+    return _Run(ray, job, shape).run(progress)
 
 
 class _Run:
