@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from requant.errors import (
         BackendError,
         CheckpointError,
+        ClusterError,
         DivisibilityError,
         HubError,
         InvariantError,
@@ -61,6 +62,7 @@ __all__ = [
     "BackendError",
     "Calibration",
     "CheckpointError",
+    "ClusterError",
     "Comparison",
     "DivisibilityError",
     "Figures",

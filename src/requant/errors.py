@@ -16,6 +16,7 @@ RequantError
 ├── CheckpointError          every problem of a source, in one list
 ├── HubError                 a request to the model hub failed
 ├── OutputError              the output cannot be written, or exists
+├── ClusterError             a cluster cannot be reached, or a part failed on it
 └── UsageError               options that contradict each other
 
 Every error has ``.layer``: the layer path or tensor name it is about, or None.
@@ -203,6 +204,10 @@ class HubError(RequantError, OSError):
     """A request to the model hub failed; if ``temporary``, a retry may succeed."""
 
     temporary = False
+
+
+class ClusterError(RequantError, OSError):
+    """A cluster cannot be reached, or a part failed on it. Finished work is kept."""
 
 
 class UsageError(RequantError, ValueError):

@@ -9,6 +9,7 @@ import random
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,9 @@ from requant.api import verify as verification
 from requant.api.convert import convert
 from requant.errors import CheckpointError, UsageError
 from requant.output.record import encode_json
+from requant.planning.parts import steps_of_part
 from requant.quantization.options import ConvertOptions
+from requant.quantization.part import Part
 from requant.sources.open import read_checkpoint
 from tests.support.fixture_folders import fixture
 
@@ -292,3 +295,50 @@ def test_a_gguf_source_with_a_config_from_elsewhere(tmp_path: Path) -> None:
     assert verification.problems == ()
     with pytest.raises(UsageError, match="safetensors"):
         convert(source, tmp_path / "three", consume_source=True, yes=True)
+
+
+# -- parts ---------------------------------------------------------------------------------------
+
+
+def test_a_part_compares_its_own_tensors(dense: Path, output: Path) -> None:
+    """Each tensor is of one part; another part does not see its bytes."""
+    plan = requant.plan(dense, bits=4, overrides=["lm_head=8"], shard_size=30_000)
+    whole = requant.verify(dense, output)
+    parts = [requant.verify(dense, output, part=f"{n}/3") for n in (1, 2, 3)]
+    assert [str(x.part) for x in parts] == ["1/3", "2/3", "3/3"]
+    assert all(x.ok for x in parts)
+    assert sum(x.tensors for x in parts) == whole.tensors
+    assert sum(x.nbytes for x in parts) == whole.nbytes
+    assert parts[0].to_dict()["part"] == "1/3"
+
+    number = steps_of_part(plan, Part(2, 3))[0]
+    name = next(iter(plan.steps[number].outputs.values())).name
+    shard, tensor = next((s, t) for s in plan.shards for t in s.tensors if t.name == name)
+    flip(output / shard.name, tensor.offset)
+    found = [requant.verify(dense, output, part=f"{n}/3").problems for n in (1, 2, 3)]
+    assert [[x.where for x in problems] for problems in found] == [[], [name], []]
+
+
+def test_a_part_repeats_its_own_steps(
+    dense: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that agree with a forged record are found by the part of the source."""
+    ran: list[int] = []
+    run_plan = verification.run_plan
+
+    def counting(plan: Any, *given: Any) -> Any:
+        ran.append(sum(step.bytes_in for step in plan.steps))
+        return run_plan(plan, *given)
+
+    monkeypatch.setattr(verification, "run_plan", counting)
+    for part in (None, "1/3", "2/3", "3/3"):
+        requant.verify(dense, output, part=part)
+    assert ran[0] == sum(ran[1:])
+    assert 0 < min(ran) < ran[0]
+
+
+def test_a_part_needs_the_source(output: Path) -> None:
+    with pytest.raises(UsageError, match=r"requant verify SOURCE .*out --part 1/3"):
+        requant.verify(output, part="1/3")
+    with pytest.raises(UsageError, match="parts are numbered from 1"):
+        requant.verify(output, output, part="4/3")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from requant.api.parts import check_part, join_command
+from requant.api.parts import check_part, join_command, with_absolute_paths
 from requant.bit_allocation.choose import allocate_bits
 from requant.bit_allocation.measure import without_budget
 from requant.bit_allocation.measurements import measurements_path
@@ -25,17 +25,21 @@ from requant.calibration.conversion import (
 from requant.calibration.cost import CalibrationCost
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import is_gguf
+from requant.cluster.part_task import Job
+from requant.cluster.ray_engine import connected, run_on_ray
 from requant.core.reasons import Note, NoteCode
 from requant.core.types import Source
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.execution.layer_stats import RunResult
-from requant.execution.runner import options_for_retry, run_once
+from requant.execution.runner import Attempt, options_for_retry, run_once
 from requant.execution.sink import NullSink
 from requant.libraries.load_check import LoadCheck, check_load
 from requant.output.folder import OutputFolder
 from requant.output.part_folder import PartFolder
 from requant.output.preflight import check_output
+from requant.output.record import version
 from requant.output.staging import (
+    StagingLockedError,
     bytes_on_disk,
     downloads_dir,
     header_stubs_dir,
@@ -51,6 +55,7 @@ from requant.planning.release_order import peak_disk_bytes
 from requant.quantization.config import Quantization
 from requant.quantization.option_signatures import read_arguments, takes_options
 from requant.quantization.options import ConvertOptions, RunOptions
+from requant.quantization.part import Part
 from requant.quantization.recipe_files import to_toml
 from requant.reports.report import Report, layer_errors, rounding_errors
 from requant.sources.hub_repository import Repository, find_repository, open_source, read_source
@@ -59,6 +64,8 @@ from requant.text import os_error_text
 
 if TYPE_CHECKING:
     from requant.execution.option_keywords import ConvertKeywords, PlanKeywords
+
+_LOCK_WAIT_S = 60.0
 
 
 @takes_options("plan")
@@ -150,8 +157,7 @@ def convert(
     folder = Path(output)
     remote = find_repository(source, run.revision, vision_part(options))
     _check_consume_source(source, folder, remote, options, run)
-    if run.part is not None:
-        check_part(options, run)
+    check_part(options, run)
 
     if options.calibrate is not None:
         options = _with_statistics(source, folder, remote, options, run)
@@ -173,6 +179,9 @@ def convert(
     if run.part is not None:
         command = join_command(source, remote, options, run)
         planned, result = convert_part(opened, folder, options, run, command)
+    elif run.engine is not None:
+        command = join_command(source, remote, options, run)
+        planned, result = convert_on_cluster(opened, folder, options, run, command)
     else:
         planned, result = convert_whole(opened, folder, options, run, stubs)
 
@@ -193,25 +202,84 @@ def convert_whole(
     """Plan, run and publish; again without the layers that hold NaN or Inf, if that is allowed."""
     while True:
         planned = plan_with_source(_checkpoint(opened, options, stubs), options)
-        with OutputFolder(
-            planned.plan,
-            planned.source.opened,
-            output,
-            run.force,
-            resume=run.resume,
-            options=options.to_dict(),
-            consume=run.consume_source,
-        ) as sink:
-            attempt = run_once(planned, sink, options, run)
-            if not attempt.problems:
-                measured = (planned.plan, attempt.result)
-                errors = {
-                    x: (e.relative_rms, e.max_steps) for x, e in layer_errors(*measured).items()
-                }
-                sink.publish(errors, rounding_errors(*measured))
-                return planned, attempt.result
-        # Left without an error and unpublished, the folder has deleted its staging files.
+        attempt = _run_and_publish(planned, output, options, run)
+        if not attempt.problems:
+            return planned, attempt.result
         options = options_for_retry(planned.plan, attempt, options, run)
+
+
+def _run_and_publish(
+    planned: Planned, output: Path, options: ConvertOptions, run: RunOptions
+) -> Attempt:
+    """Run what of a plan is not done and publish the output; with problems, nothing is kept."""
+    with OutputFolder(
+        planned.plan,
+        planned.source.opened,
+        output,
+        run.force,
+        resume=run.resume,
+        options=options.to_dict(),
+        consume=run.consume_source,
+    ) as sink:
+        attempt = run_once(planned, sink, options, run)
+        if not attempt.problems:
+            measured = (planned.plan, attempt.result)
+            errors = {
+                layer: (error.relative_rms, error.max_steps)
+                for layer, error in layer_errors(*measured).items()
+            }
+            sink.publish(errors, rounding_errors(*measured))
+    # Left without an error and unpublished, the folder has deleted its staging files.
+    return attempt
+
+
+def convert_on_cluster(
+    opened: Path | Checkpoint,
+    output: Path,
+    options: ConvertOptions,
+    run: RunOptions,
+    command: Mapping[str, Any],
+) -> tuple[Planned, RunResult]:
+    """Plan once, run the parts on a cluster, and join them.
+
+    Raises:
+        ClusterError: The cluster cannot be reached, or a part failed; the same command resumes.
+        CheckpointError: Layers hold NaN or Inf.
+    """
+    options = with_absolute_paths(options)
+    with connected(run.address) as ray:
+        planned = plan_with_source(_checkpoint(opened, options), options)
+        plan = planned.plan
+        opened_source = planned.source.opened
+        PartFolder(plan, opened_source, output, Part(1, 1), command, force=run.force).begin()
+        job = Job(
+            plan=plan,
+            plan_hash=plan.hash,
+            source=command["source"],
+            revision=command["revision"],
+            output=str(output.absolute()),
+            options=options,
+            run=replace(run, progress=None),
+            command=command,
+            requant=version(),
+        )
+        run_on_ray(ray, job, run.parts, run.progress)
+    attempt = _when_unlocked(lambda: _run_and_publish(planned, output, options, run))
+    if attempt.problems:
+        raise CheckpointError(planned.plan.source, list(attempt.problems))
+    return planned, attempt.result
+
+
+def _when_unlocked(work: Callable[[], Attempt]) -> Attempt:
+    """Do ``work`` once no part holds the lock: one whose machine was lost may hold it a while."""
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            return work()
+        except StagingLockedError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
 
 
 def convert_part(

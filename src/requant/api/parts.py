@@ -1,4 +1,7 @@
-"""What parts of a conversion have in common: options that are not for parts, and the command."""
+"""What parts of a conversion have in common: options that are not for parts, and the command.
+
+Parts are started by the user, or by the engine of ``--engine``.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,20 @@ from typing import Any
 from requant.core.types import Source
 from requant.errors import ParseError, UsageError
 from requant.quantization.options import ConvertOptions, RunOptions
+from requant.quantization.part import MAX_PARTS
 from requant.sources.hub_repository import Repository
 
 
 def check_part(options: ConvertOptions, run: RunOptions) -> None:
-    """Reject options that a part cannot follow, before the source is opened.
+    """Reject options that a part, or an engine, cannot follow, before the source is opened.
 
     Raises:
         UsageError: There is one.
     """
+    _check_engine(run)
+    if run.part is None and run.engine is None:
+        return
+    flag = "--part" if run.engine is None else "--engine"
     instead = {
         "--budget": (
             options.budget is not None,
@@ -43,28 +51,47 @@ def check_part(options: ConvertOptions, run: RunOptions) -> None:
             not run.resume,
             "it would undo the other parts; to start over, remove the hidden folder next to OUTPUT",
         ),
-        "--verify-load": (run.verify_load, "give it to `requant join`"),
+        "--verify-load": (
+            run.verify_load and run.part is not None,
+            "give it to `requant join`",
+        ),
     }
-    for flag, (is_given, way_out) in instead.items():
+    for other, (is_given, way_out) in instead.items():
         if is_given:
-            raise UsageError(f"{flag} and --part exclude each other: {way_out}")
+            raise UsageError(f"{other} and {flag} exclude each other: {way_out}")
+
+
+def _check_engine(run: RunOptions) -> None:
+    """Reject options of an engine without one, and those of one part with it."""
+    if run.engine is None:
+        for flag, value in (("--address", run.address), ("--parts", run.parts)):
+            if value is not None:
+                raise UsageError(f"{flag} is for a cluster: add --engine ray")
+    elif run.part is not None:
+        raise UsageError("--part and --engine exclude each other: the engine runs every part")
+    elif run.parts is not None and not 1 <= run.parts <= MAX_PARTS:
+        raise UsageError(f"--parts {run.parts}: expected 1 to {MAX_PARTS:,}")
 
 
 def join_command(
     source: Source, remote: Repository | None, options: ConvertOptions, run: RunOptions
 ) -> dict[str, Any]:
     """What ``join`` repeats the plan from, as JSON data; paths are absolute."""
-    here = replace(
+    return {
+        "source": str(source) if remote is not None else str(Path(source).absolute()),
+        "revision": None if remote is None else remote.commit,
+        "options": with_absolute_paths(options).to_dict(),
+        "force": run.force,
+    }
+
+
+def with_absolute_paths(options: ConvertOptions) -> ConvertOptions:
+    """The options as they mean the same from another working folder."""
+    return replace(
         options,
         config_from=_absolute(options.config_from),
         statistics=_absolute(options.statistics),
     )
-    return {
-        "source": str(source) if remote is not None else str(Path(source).absolute()),
-        "revision": None if remote is None else remote.commit,
-        "options": here.to_dict(),
-        "force": run.force,
-    }
 
 
 def _absolute(path: str | None) -> str | None:

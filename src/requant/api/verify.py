@@ -40,10 +40,11 @@ from requant.gguf.file_selection import WITHOUT
 from requant.libraries.load_check import LoadCheck, check_load
 from requant.output.record import encode_json, read_record, record_hash, version
 from requant.planning.layout_selection import vision_part
+from requant.planning.parts import part_of, steps_of_part
 from requant.planning.plan import Plan
-from requant.planning.plan_source import PlanSource
 from requant.planning.planner import Planned, plan_with_source
 from requant.quantization.options import STATISTICS, ConvertOptions
+from requant.quantization.part import Part
 from requant.sources.hub_repository import find_repository, open_source
 from requant.sources.open import as_checkpoint, read_checkpoint
 from requant.text import format_value, join_first, os_error_text
@@ -59,6 +60,7 @@ class Verification:
         tensors: Number of tensors that were compared.
         nbytes: Their bytes.
         problems: Every difference, tensor by tensor.
+        part: The part that was compared; None for the whole output.
         load: Whether the output's library loads it and computes finite values; None if that was
             not asked for.
     """
@@ -68,6 +70,7 @@ class Verification:
     tensors: int
     nbytes: int
     problems: tuple[Problem, ...]
+    part: Part | None = None
     load: LoadCheck | None = None
 
     @property
@@ -78,7 +81,8 @@ class Verification:
     def to_dict(self) -> dict[str, Any]:
         """The verification as JSON data."""
         load = None if self.load is None else self.load.to_dict()
-        return asdict(self) | {"load": load, "ok": self.ok}
+        part = None if self.part is None else str(self.part)
+        return asdict(self) | {"part": part, "load": load, "ok": self.ok}
 
 
 @error_action("verified")
@@ -89,6 +93,7 @@ def verify(
     *,
     config_from: Source | None = None,
     statistics: Source | None = None,
+    part: Part | str | None = None,
     load: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
@@ -105,6 +110,9 @@ def verify(
         output: The output, if ``folder`` is the source.
         config_from: As given to the conversion of a GGUF source.
         statistics: The statistics file or imatrix, as given to the conversion.
+        part: "3/8" repeats and compares one part of the conversion, as ``convert(part="3/8")`` cuts
+            it. Of the record, the hashes of the tensors of that part are compared, and all that
+            is not a tensor. Needs the source.
         load: Also load the output with its MLX library, strictly and on the CPU, and run one short
             forward pass. The folder then needs no record; the model must fit in memory.
         threads: Worker threads; every processor by default.
@@ -117,37 +125,52 @@ def verify(
 
     Raises:
         CheckpointError: The source cannot be read, or the output has no record.
+        UsageError: ``part`` is not a part, or is given without the source.
 
     Example:
         >>> requant.verify("source", "output").ok  # doctest: +SKIP
         True
     """
     place = Path(folder if output is None else output)
+    chosen = None if part is None else Part.parse(part)
+    if chosen is not None and output is None:
+        raise UsageError(
+            "--part is cut by the plan, which needs the source: requant verify SOURCE "
+            f"{shlex.quote(str(place))} --part {chosen}"
+        )
     problems = _ProblemCollector()
     if load and output is None and (place / CONFIG).is_file() and not (place / RECORD).exists():
         return Verification(str(place), None, 0, 0, (), load=check_load(place))
     record = _read_record(place, problems, None if output is None else Path(folder))
     checkpoint = _read_output(place, problems)
-    if checkpoint is not None:
-        workers = threads or os.cpu_count() or 1
-        _check_hashes(checkpoint, record, workers, problems, progress)
-        _check_layers(checkpoint, problems)
-    _check_files(place, record, problems)
+    planned = None
     if output is not None:
         requested = None if config_from is None else os.fspath(config_from)
         source = _source(folder, record, requested)
         known = None if statistics is None else os.fspath(statistics)
         planned = _repeated_plan(source, record, requested, known, problems)
-        if planned is not None:
-            budget = plan_resources(planned.plan, threads, max_memory)
-            _compare(*planned, place, problems, budget, progress)
-    tensors = checkpoint.tensors.values() if checkpoint is not None else ()
+    compared = None  # the plan of what is compared; None compares every tensor with its hash
+    if planned is not None:
+        plan = planned.plan
+        compared = plan if chosen is None else part_of(plan, steps_of_part(plan, chosen))
+    of_part = None if chosen is None or compared is None else _tensor_names(compared)
+    tensors: list[SourceTensor] = []
+    if checkpoint is not None:
+        tensors = [t for t in checkpoint.tensors.values() if of_part is None or t.name in of_part]
+        workers = threads or os.cpu_count() or 1
+        _check_hashes(checkpoint, tensors, record, problems, workers=workers, progress=progress)
+        _check_layers(checkpoint, problems)
+    _check_files(place, record, problems)
+    if planned is not None and compared is not None:
+        budget = plan_resources(compared, threads, max_memory)
+        _compare(planned, compared, place, problems, budget=budget, progress=progress)
     return Verification(
         str(place),
         None if output is None else str(folder),
         len(tensors),
         sum(tensor.info.nbytes for tensor in tensors),
         problems.as_tuple(),
+        part=chosen,
         load=check_load(place, _recorded_layout(record))
         if load and checkpoint is not None
         else None,
@@ -201,11 +224,17 @@ def _hashes(record: Mapping[str, Any], key: str) -> dict[str, str]:
     return dict(table) if isinstance(table, Mapping) else {}
 
 
+def _tensor_names(plan: Plan) -> frozenset[str]:
+    return frozenset(tensor.name for shard in plan.shards for tensor in shard.tensors)
+
+
 def _check_hashes(
     checkpoint: Checkpoint,
+    tensors: Iterable[SourceTensor],
     record: Mapping[str, Any],
-    workers: int,
     problems: _ProblemCollector,
+    *,
+    workers: int,
     progress: Callable[[Progress], None] | None,
 ) -> None:
     expected = _hashes(record, "tensors")
@@ -237,7 +266,7 @@ def _check_hashes(
                     f"{actual[:12]}..., expected {str(expected[tensor.name])[:12]}...",
                 )
 
-        known = [t for name, t in checkpoint.tensors.items() if name in expected]
+        known = [tensor for tensor in tensors if tensor.name in expected]
         began, done, total = time.perf_counter(), 0, sum(t.info.nbytes for t in known)
         with ThreadPoolExecutor(workers) as pool:
             for tensor, _ in zip(known, pool.map(check, known), strict=True):
@@ -346,13 +375,16 @@ def _describe_source_changes(plan: Plan, record: Mapping[str, Any]) -> str:
 
 
 def _compare(
-    plan: Plan,
-    source: PlanSource,
+    planned: Planned,
+    compared: Plan,
     place: Path,
     problems: _ProblemCollector,
+    *,
     budget: ResourceLimits,
     progress: Callable[[Progress], None] | None,
 ) -> None:
+    """Repeat the conversion, or of its tensors those of the plan ``compared``."""
+    plan, source = planned
     for name, value in ((CONFIG, dict(plan.config)), (INDEX, plan.index())):
         with suppress(OSError):
             if (place / name).read_bytes() != encode_json(value):
@@ -368,7 +400,7 @@ def _compare(
             if wrong or hash_file(place / name) != expected:
                 problems.add(name, wrong or "is not the source's")
     with _CompareSink(plan, place, problems) as sink:
-        run_plan(plan, source, sink, budget, progress)
+        run_plan(compared, source, sink, budget, progress)
 
 
 class _CompareSink:

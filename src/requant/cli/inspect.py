@@ -15,6 +15,7 @@ from requant.cli.options import (
     Load,
     ModelA,
     ModelsB,
+    PartOfOutput,
     Quiet,
     ReadImages,
     ScoresFile,
@@ -61,6 +62,7 @@ def verify(
     folder: Verified = None,
     output: AgainstSource = None,
     *,
+    part: PartOfOutput = None,
     load: Load = False,
     options: TableOptions,
     json: Json = False,
@@ -79,6 +81,7 @@ def verify(
       requant verify Llama-3.2-1B Llama-3.2-1B-4bit
       requant verify Llama-3.2-1B-4bit
       requant verify Llama-3.2-1B-4bit --load
+      requant verify Kimi-K2 /shared/out --part 3/8
     """  # noqa: D301
     from requant.api import verify as verification
     from requant.cli import tables
@@ -88,7 +91,9 @@ def verify(
             raise UsageError(
                 "give the OUTPUT to check, or SOURCE and OUTPUT: requant verify --help"
             )
-        result = verification.verify(folder, output, load=load, **options, progress=progress)
+        result = verification.verify(
+            folder, output, part=part, load=load, **options, progress=progress
+        )
     with handle_errors():
         if json:
             print_json(result.to_dict())

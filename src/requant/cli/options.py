@@ -216,6 +216,14 @@ MovedSource = Annotated[
     Path | None,
     _value("--source", "SOURCE", "Where SOURCE is here, if not where the parts have found it."),
 ]
+PartOfOutput = Annotated[
+    str | None,
+    _value(
+        "--part",
+        "NUMBER/COUNT",
+        "Compare one part, as 3/8: its tensors, and all that is not a tensor. Needs SOURCE.",
+    ),
+]
 Load = Annotated[bool, typer.Option("--load", help=_LOAD)]
 Cache = Annotated[
     Path | None,

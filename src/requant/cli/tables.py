@@ -56,7 +56,8 @@ def show_verification(verification: Verification) -> None:
             if verification.source
             else "as requant.json says"
         )
-        page.line(f"{verification.output}: {compared}, {against}", "bold")
+        part = "" if verification.part is None else f"part {verification.part}, "
+        page.line(f"{verification.output}: {part}{compared}, {against}", "bold")
     else:
         page.line(f"{verification.output}: no requant.json, so nothing was compared")
     if verification.load is not None:

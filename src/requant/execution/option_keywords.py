@@ -138,6 +138,16 @@ class _OfConvert(TypedDict, total=False):
     """The part of the plan to run, as "3/8"; others may run at the same time on other machines
     that share the folder of OUTPUT. ``join`` then completes it.
     """
+    engine: str | None
+    """"ray": run the parts of the plan as tasks of a Ray cluster whose machines share the folder
+    of OUTPUT, and join them.
+    """
+    address: str | None
+    """With ``engine``: the cluster, "auto" (the one that this machine belongs to, the default),
+    "HOST:PORT" or "ray://HOST:PORT".
+    """
+    parts: int | None
+    """With ``engine``: the number of parts; by default 4 for each that can run at a time."""
     verify_load: bool
     """Load the finished output as ``verify(output, load=True)`` does; an output that does not
     load or gives values that are not finite is an error, and stays.

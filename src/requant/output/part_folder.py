@@ -55,11 +55,8 @@ class PartFolder:
         self._progress: JournaledProgress | None = None
 
     def __enter__(self) -> Self:
-        staged = bytes_on_disk(self.staging.staged_output)
-        check_output(self.plan, self.output, self.force, staged)
         try:
-            self.staging.lock(shared=True)
-            self._open()
+            self._open(*self._begin())
         except BaseException as error:
             self._close()
             if isinstance(error, OSError) and not isinstance(error, OutputError):
@@ -67,12 +64,34 @@ class PartFolder:
             raise
         return self
 
-    def _open(self) -> None:
+    def begin(self) -> None:
+        """Record what the parts are made from, and run none; otherwise as entering."""
+        try:
+            self._begin()
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise write_error(self.output, error) from error
+        finally:
+            self._close()
+
+    def _begin(self) -> tuple[dict[str, Any], CompletedWork]:
+        """Take the lock and agree on the command.
+
+        Returns:
+            The header of the part's journal, and what a conversion without parts has done.
+        """
+        staged = bytes_on_disk(self.staging.staged_output)
+        check_output(self.plan, self.output, self.force, staged)
+        self.staging.lock(shared=True)
         head = journal_header(self.plan, self.source, self.plan.hash, ())
         whole, done_before = read_journal(self.staging.journal)
         self._check_same(whole, head)
         command = {**self._command, "requant": head["requant"], "plan": head["plan"]}
         self._check_same(agree_on_command(self.staging.parts, command), head)
+        return head, done_before
+
+    def _open(self, head: dict[str, Any], done_before: CompletedWork) -> None:
         self.staging.staged_output.mkdir(exist_ok=True)
         self._files.open_shared()
         steps = frozenset(self.steps)

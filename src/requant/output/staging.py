@@ -31,6 +31,10 @@ from requant.errors import OutputError
 from requant.output.journal import read_journal
 
 
+class StagingLockedError(OutputError):
+    """Another process has the lock of the staging folder."""
+
+
 def staging_dir(output: Path) -> Path:
     """The hidden folder in which OUTPUT grows."""
     return output.parent / f".{output.name}.requant-partial"
@@ -56,7 +60,8 @@ def lock_staging(staging: Path, output: Path, *, shared: bool = False) -> int:
     A ``shared`` lock is that of a part: others may have it too.
 
     Raises:
-        OutputError: Another process has it.
+        StagingLockedError: Another process has it.
+        OutputError: The folder is a link.
     """
     if staging.is_symlink():
         raise OutputError(f"{staging} is a link, which is not written through; remove it")
@@ -72,7 +77,7 @@ def lock_staging(staging: Path, output: Path, *, shared: bool = False) -> int:
             if error.errno not in _NO_LOCKS:
                 owner = os.pread(fd, 200, 0).decode("utf-8", "replace") or "it does not say which"
                 os.close(fd)
-                raise OutputError(
+                raise StagingLockedError(
                     f"{output} is being written by another process ({owner}); "
                     "wait for it, or name another folder"
                 ) from None

@@ -402,6 +402,31 @@ class RunOptions:
         "join OUTPUT` then completes it.",
         functions=("convert",),
     )
+    engine: str | None = option(
+        types.choice("ray"),
+        doc='"ray": run the parts of the plan as tasks of a Ray cluster whose machines share the '
+        "folder of OUTPUT, and join them.",
+        help="Run the parts of the plan on a Ray cluster whose machines share the folder of "
+        "OUTPUT, then join them. Needs the extra ray.",
+        functions=("convert",),
+        metavar="ENGINE",
+    )
+    address: str | None = option(
+        types.TEXT,
+        doc='With ``engine``: the cluster, "auto" (the one that this machine belongs to, the '
+        'default), "HOST:PORT" or "ray://HOST:PORT".',
+        help="With --engine: auto (the cluster of this machine, the default), HOST:PORT or "
+        "ray://HOST:PORT.",
+        functions=("convert",),
+        metavar="ADDRESS",
+    )
+    parts: int | None = option(
+        types.INTEGER,
+        doc="With ``engine``: the number of parts; by default 4 for each that can run at a time.",
+        help="With --engine: number of parts; by default 4 for each that can run at a time.",
+        functions=("convert",),
+        minimum=1,
+    )
     verify_load: bool = option(
         types.FLAG,
         doc="Load the finished output as ``verify(output, load=True)`` does; an output that does "
