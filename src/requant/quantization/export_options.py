@@ -42,9 +42,11 @@ class ExportOptions:
             UnknownValueError: A word is not one of the valid ones.
         """
         if to not in list(ExportFormat):
-            raise UnknownValueError("--to names no format that is written", to, [*ExportFormat])
+            raise UnknownValueError(
+                "--to names no format that is written", to, [*map(str, ExportFormat)]
+            )
         if otherwise not in list(Otherwise):
-            raise UnknownValueError("--otherwise is not valid", otherwise, [*Otherwise])
+            raise UnknownValueError("--otherwise is not valid", otherwise, [*map(str, Otherwise)])
         return cls(ExportFormat(to), Otherwise(otherwise))
 
     def command_words(self) -> list[str]:
