@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 import requant
+from requant.cli import run
+from requant.execution.executor import Progress
 from requant.reports.record_summary import read_figures
 from tests.support.checkpoints import MICRO_LLAMA, tree, write_checkpoint
 from tests.support.fixture_folders import fixture
 from tests.support.safetensors_files import read_folder
 
+CT = "compressed-tensors"
 Tensors = dict[str, np.ndarray]
 PROJ = "model.layers.0.mlp.up_proj"
 
@@ -57,7 +60,7 @@ def test_round_trip(bits: int, max_memory: int | None, tmp_path: Path) -> None:
     norm = {"model.norm.weight": bf16(np.ones(8))}
     source = folder(tmp_path / "mlx", layers, norm, block={"bits": bits})
     before = tree(source)
-    report = requant.export(source, tmp_path / "ct", max_memory=max_memory)
+    report = requant.export(source, tmp_path / "ct", max_memory=max_memory, to=CT)
     assert tree(source) == before
     assert {x.exactness for x in report.plan.layers} == {"exact"}
 
@@ -85,7 +88,7 @@ def test_config_of_mixed_widths(tmp_path: Path) -> None:
     dense["model.layers.0.input_layernorm.weight"] = bf16(np.ones(8))
     block = {down: {"bits": 8, "group_size": 32}}
     source = folder(tmp_path / "mlx", layers, dense, block=block, tie_word_embeddings=True)
-    requant.export(source, tmp_path / "ct")
+    requant.export(source, tmp_path / "ct", to=CT)
     config = json.loads((tmp_path / "ct" / "config.json").read_text())
     assert "quantization" not in config
     found = config["quantization_config"]
@@ -107,13 +110,13 @@ def test_symmetric_layers_have_no_zero_points(tmp_path: Path) -> None:
     even = affine()
     even["biases"] = -8 * even["scales"]
     source = folder(tmp_path / "mlx", {PROJ: even}, {})
-    requant.export(source, tmp_path / "even")
+    requant.export(source, tmp_path / "even", to=CT)
     assert f"{PROJ}.weight_zero_point" not in read_folder(tmp_path / "even")
     requant.convert(tmp_path / "even", tmp_path / "back", layout="keep")
     for name, expected in read_folder(source).items():
         assert same_bits(read_folder(tmp_path / "back")[name], expected)
     mixed = folder(tmp_path / "mixed", {PROJ: even, "model.layers.0.mlp.gate_proj": affine()}, {})
-    requant.export(mixed, tmp_path / "odd")
+    requant.export(mixed, tmp_path / "odd", to=CT)
     zeros = read_folder(tmp_path / "odd")[f"{PROJ}.weight_zero_point"].view(np.uint32)
     assert zeros.tolist() == [[0x88888888] * 2, [0x88] * 2]
 
@@ -124,7 +127,7 @@ ROLES = ("model.embed_tokens", "lm_head", "model.layers.0.mlp.gate")
 def test_layers_that_readers_take_dense(tmp_path: Path) -> None:
     layers = {PROJ: affine(), **{name: affine(seed=7) for name in ROLES}}
     source = folder(tmp_path / "mlx", layers, {})
-    report = requant.export(source, tmp_path / "ct")
+    report = requant.export(source, tmp_path / "ct", to=CT)
     codes = {x.layer: x.reason_code for x in report.plan.layers}
     assert codes == {PROJ: None, **dict.fromkeys(ROLES, "dense_for_readers")}
     requant.convert(source, tmp_path / "dense", dequantize=True, layout="keep")
@@ -153,15 +156,15 @@ def test_layers_that_the_format_cannot_hold(tmp_path: Path) -> None:
     }
     source = folder(tmp_path / "mlx", layers, {}, block=block)
     with pytest.raises(requant.CheckpointError) as rejected:
-        requant.export(source, tmp_path / "ct")
+        requant.export(source, tmp_path / "ct", to=CT)
     problems = {x.where: x.message for x in rejected.value.problems}
     assert problems.keys() == layers.keys() - {PROJ}
-    assert "no whole number of scales" in problems["a.down_proj"]
+    assert "not a whole number of scales" in problems["a.down_proj"]
     assert "20 have a zero point outside 0 to 15" in problems["b.down_proj"]
     assert "3 bits" in problems["c.down_proj"] and "stack" in problems["d.down_proj"]
     assert "mxfp4" in problems["e.down_proj"] and "--otherwise dense" in problems["e.down_proj"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlx"]
-    report = requant.export(source, tmp_path / "ct", otherwise="dense")
+    report = requant.export(source, tmp_path / "ct", otherwise="dense", to=CT)
     treatments = {x.layer: x.treatment for x in report.plan.layers}
     assert treatments == {PROJ: "kept", **dict.fromkeys(problems, "dequantized")}
     assert requant.verify(source, tmp_path / "ct").ok
@@ -170,29 +173,29 @@ def test_layers_that_the_format_cannot_hold(tmp_path: Path) -> None:
 
 def test_sources_that_are_not_exported(tmp_path: Path) -> None:
     with pytest.raises(requant.CheckpointError, match="export reads MLX folders") as dense:
-        requant.export(MICRO_LLAMA, tmp_path / "ct")
+        requant.export(MICRO_LLAMA, tmp_path / "ct", to=CT)
     assert "cannot be exported" in str(dense.value) and "--bits 4" in str(dense.value)
     other = folder(tmp_path / "other", {PROJ: affine()}, {}, model_type="qwen3_next")
     with pytest.raises(requant.CheckpointError, match="qwen3_next"):
-        requant.export(other, tmp_path / "ct")
+        requant.export(other, tmp_path / "ct", to=CT)
     embedding = folder(tmp_path / "embedding", {ROLES[0]: affine()}, {})
     with pytest.raises(requant.CheckpointError, match="the result would be dense"):
-        requant.export(embedding, tmp_path / "ct")
+        requant.export(embedding, tmp_path / "ct", to=CT)
     damaged = affine()
     damaged["scales"][3, 1] = np.nan
     broken = folder(tmp_path / "damaged", {PROJ: damaged}, {})
     with pytest.raises(requant.CheckpointError, match="NaN or infinite"):
-        requant.export(broken, tmp_path / "ct")
+        requant.export(broken, tmp_path / "ct", to=CT)
     good = folder(tmp_path / "good", {PROJ: affine()}, {})
     with pytest.raises(requant.UnknownValueError, match="compressed-tensors"):
         requant.export(good, tmp_path / "ct", to="exl2")
     with pytest.raises(requant.UnknownValueError, match="'refuse', 'dense'"):
-        requant.export(good, tmp_path / "ct", otherwise="skip")
+        requant.export(good, tmp_path / "ct", otherwise="skip", to=CT)
     (tmp_path / "ct").mkdir()
     (tmp_path / "ct" / "config.json").write_text("{}")
     with pytest.raises(requant.OutputError, match="--force"):
-        requant.export(good, tmp_path / "ct")
-    assert requant.export(good, tmp_path / "ct", force=True).output == str(tmp_path / "ct")
+        requant.export(good, tmp_path / "ct", to=CT)
+    assert requant.export(good, tmp_path / "ct", force=True, to=CT).output == str(tmp_path / "ct")
 
 
 def test_a_model_that_kept_its_names(tmp_path: Path) -> None:
@@ -200,7 +203,50 @@ def test_a_model_that_kept_its_names(tmp_path: Path) -> None:
     dense = {f"{PROJ}.weight": bf16(np.random.default_rng(0).normal(size=(64, 64)))}
     source = write_checkpoint(tmp_path / "dense", dense, {"model_type": "qwen3_next"})
     requant.convert(source, tmp_path / "mlx", bits=4, layout="keep")
-    assert requant.export(tmp_path / "mlx", tmp_path / "ct").plan.layers[0].treatment == "kept"
+    report = requant.export(tmp_path / "mlx", tmp_path / "ct", to=CT)
+    assert report.plan.layers[0].treatment == "kept"
+
+
+def test_a_stopped_export_resumes(tmp_path: Path) -> None:
+    """The same bytes as without a stop, and nothing under the output's name before the end."""
+    names = (f"model.layers.{n}.mlp.up_proj" for n in range(8))
+    source = folder(tmp_path / "mlx", {name: affine(64, 8) for name in names}, {})
+    small: dict[str, Any] = {"to": CT, "max_memory": 83_890_000, "threads": 1}
+    requant.export(source, tmp_path / "whole", **small)
+
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        requant.export(source, tmp_path / "ct", **small, progress=stop)
+    assert not (tmp_path / "ct").exists()
+    requant.export(source, tmp_path / "ct", **small)
+    assert tree(tmp_path / "ct") == tree(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ct", "mlx", "whole"]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--dry-run writes nothing; --json prints the report; an error says what to type."""
+    source = folder(tmp_path / "mlx", {PROJ: affine()}, {})
+    words = ["export", str(source), str(tmp_path / "ct"), "--to", CT]
+
+    def call(*more: str) -> tuple[Any, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run([*words, *more])
+        return ended.value.code, *capsys.readouterr()
+
+    code, out, _ = call("--dry-run")
+    assert code == 0 and "compressed-tensors 4-bit g32" in out and "nothing was written" in out
+    assert json.loads(call("--dry-run", "--json")[1])["layers"][0]["exactness"] == "exact"
+    assert not (tmp_path / "ct").exists()
+    code, out, _ = call("--json")
+    assert code == 0 and json.loads(out)["groups"][0]["treatment"] == "kept"
+    code, out, err = call()
+    assert code == 1 and "--force replaces it" in err
+    assert read_figures(tmp_path / "ct").command() == f"requant export SOURCE OUTPUT --to {CT}"
+    words[1] = str(MICRO_LLAMA)
+    code, out, err = call("--force")
+    assert code == 1 and "Traceback" not in err and "--layout keep --bits 4" in err
 
 
 FIXTURES = ("int4-asym-g32", "int4-sym-g128", "int8-channel", "int4-actorder-weight")
@@ -214,7 +260,7 @@ def test_fixtures_come_back(name: str, tmp_path: Path) -> None:
     """
     source = fixture(f"ct-pack-{name}") / "checkpoint"
     requant.convert(source, tmp_path / "mlx", layout="keep")
-    requant.export(tmp_path / "mlx", tmp_path / "ct")
+    requant.export(tmp_path / "mlx", tmp_path / "ct", to=CT)
     original, written = read_folder(source), read_folder(tmp_path / "ct")
     checked = 0
     for key, expected in original.items():
@@ -232,7 +278,7 @@ def test_fixtures_come_back(name: str, tmp_path: Path) -> None:
 def test_a_model_of_mlx(bits: int, tmp_path: Path) -> None:
     """Every layer of micro-llama is exported, and comes back with its codes and scales."""
     requant.convert(MICRO_LLAMA, tmp_path / "mlx", bits=bits)
-    report = requant.export(tmp_path / "mlx", tmp_path / "ct")
+    report = requant.export(tmp_path / "mlx", tmp_path / "ct", to=CT)
     kept = [x for x in report.plan.layers if x.treatment == "kept"]
     assert len(kept) == 28 and all(x.bound or x.exactness == "exact" for x in kept)
     assert {path.name for path in MICRO_LLAMA.glob("token*")} <= set(tree(tmp_path / "ct"))

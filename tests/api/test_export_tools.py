@@ -11,6 +11,7 @@ import requant
 from tests.support.checkpoints import MICRO_LLAMA
 from tests.support.safetensors_files import read_folder
 
+CT = "compressed-tensors"
 pytestmark = pytest.mark.slow
 
 torch: Any = pytest.importorskip("torch")
@@ -21,7 +22,7 @@ def exported(tmp_path: Path, bits: int, group: int) -> tuple[Path, Path]:
     """micro-llama as an MLX folder, and that as compressed-tensors."""
     mlx, ct = tmp_path / "mlx", tmp_path / "ct"
     requant.convert(MICRO_LLAMA, mlx, bits=bits, group_size=group)
-    requant.export(mlx, ct)
+    requant.export(mlx, ct, to=CT)
     return mlx, ct
 
 

@@ -34,7 +34,7 @@ def export(
     source: Source,
     output: Source,
     *,
-    to: str = "compressed-tensors",
+    to: str,
     otherwise: str = "refuse",
     force: bool = False,
     resume: bool = True,
@@ -99,7 +99,7 @@ def export_plan(
     source: Source,
     output: Source,
     *,
-    to: str = "compressed-tensors",
+    to: str,
     otherwise: str = "refuse",
     force: bool = False,
 ) -> Plan:

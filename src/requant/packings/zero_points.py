@@ -52,13 +52,13 @@ class ZeroPoints:
     def merged(self, other: ZeroPoints) -> ZeroPoints:
         """Both together."""
         return ZeroPoints(
-            self.groups + other.groups,
-            self.out_of_range + other.out_of_range,
-            self.off_grid + other.off_grid,
-            self.rounded + other.rounded,
-            max(self.max_steps, other.max_steps),
-            self.all_middle and other.all_middle,
-            self.nonfinite + other.nonfinite,
+            groups=self.groups + other.groups,
+            out_of_range=self.out_of_range + other.out_of_range,
+            off_grid=self.off_grid + other.off_grid,
+            rounded=self.rounded + other.rounded,
+            max_steps=max(self.max_steps, other.max_steps),
+            all_middle=self.all_middle and other.all_middle,
+            nonfinite=self.nonfinite + other.nonfinite,
         )
 
 
@@ -82,10 +82,10 @@ def examine_zeros(scales: Array, biases: Array, bits: int, dtype: str) -> ZeroPo
     rounded = in_range & on_grid & ~same
     steps = difference[rounded] / np.abs(wide[rounded])
     return ZeroPoints(
-        scales.size,
-        int((~in_range).sum()),
-        int((in_range & ~on_grid).sum()),
-        int(rounded.sum()),
-        float(steps.max(initial=0.0)),
-        bool((zeros == 1 << (bits - 1)).all()),
+        groups=scales.size,
+        out_of_range=int((~in_range).sum()),
+        off_grid=int((in_range & ~on_grid).sum()),
+        rounded=int(rounded.sum()),
+        max_steps=float(steps.max(initial=0.0)),
+        all_middle=bool((zeros == 1 << (bits - 1)).all()),
     )

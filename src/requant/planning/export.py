@@ -182,7 +182,7 @@ def _why_no_zeros(zeros: ZeroPoints, bits: int) -> str:
         limit = (1 << bits) - 1
         found.append(f"{zeros.out_of_range:,} have a zero point outside 0 to {limit}")
     if zeros.off_grid:
-        found.append(f"{zeros.off_grid:,} have a bias that is no whole number of scales")
+        found.append(f"{zeros.off_grid:,} have a bias that is not a whole number of scales")
     return f"of {zeros.groups:,} groups {' and '.join(found)}"
 
 

@@ -36,15 +36,14 @@ def export_steps(layer: SourceLayer, *, symmetric: bool) -> Iterator[Step]:
         groups = in_features // encoding.group_size
         rows = -(-out_features * encoding.bits // 32)
         zeros = CtZeroPoints(rows, groups, encoding.bits, out_features)
-        yield _packed_step(
-            layer, "weight_zero_point", TensorInfo("I32", (rows, groups)), zeros, "scales", "biases"
-        )
+        info = TensorInfo("I32", (rows, groups))
+        yield _packed_step(layer, "weight_zero_point", info, zeros, inputs=("scales", "biases"))
     shape = CtShape((out_features, in_features))
     yield _packed_step(layer, "weight_shape", TensorInfo("I64", (2,)), shape)
 
 
 def _packed_step(
-    layer: SourceLayer, role: str, info: TensorInfo, packing: Packing, *inputs: str
+    layer: SourceLayer, role: str, info: TensorInfo, packing: Packing, inputs: tuple[str, ...] = ()
 ) -> Step:
     return Step(
         layer=layer.path,

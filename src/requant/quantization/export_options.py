@@ -31,7 +31,7 @@ EXPORT: Final = "export"
 class ExportOptions:
     """What determines the bytes of an exported folder."""
 
-    to: ExportFormat = ExportFormat.COMPRESSED_TENSORS
+    to: ExportFormat
     otherwise: Otherwise = Otherwise.REFUSE
 
     @classmethod
