@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import requant
+from requant.planning.export import SAME_NAMES
 from tests.support.checkpoints import MICRO_LLAMA
 from tests.support.safetensors_files import read_folder
 
@@ -84,3 +85,35 @@ def test_logits_of_transformers(bits: int, tmp_path: Path) -> None:
     )
     # At 8 bits a bias in bfloat16 is only within half a step of a multiple of its scale.
     assert difference < quantized * {4: 0.1, 8: 1.0}[bits]
+
+
+@pytest.mark.parametrize("kind", sorted(SAME_NAMES))
+def test_names_of_mlx_lm(kind: str) -> None:
+    """The models whose names ``export`` keeps: mlx-lm's class changes nothing of transformers'.
+
+    It has the same names and shapes, and its ``sanitize`` gives back the arrays that it takes.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    transformers: Any = pytest.importorskip("transformers")
+    utils: Any = pytest.importorskip("mlx_lm.utils")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **heads, pad_token_id=0)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+
+    data = json.loads(config.to_json_string(use_diff=False))
+    data |= {"rope_theta": 10000.0, "rope_scaling": None} | (data.get("rope_parameters") or {})
+    model_class, args_class = utils._get_classes(data)
+    theirs = model_class(args_class.from_dict(data))
+    if hasattr(theirs, "sanitize"):  # it may remove a head that is tied, too
+        arrays = {name: mx.random.normal(shape) for name, shape in shapes.items()}
+        kept = theirs.sanitize(dict(arrays))
+        assert kept.keys() == arrays.keys()
+        assert all(mx.array_equal(kept[name], x) for name, x in arrays.items())
+    assert {name: tuple(x.shape) for name, x in tree_flatten(theirs.parameters())} == shapes

@@ -40,7 +40,7 @@ from requant.text import join_or, pluralize_are
 SAME_NAMES: Final = frozenset(
     {
         *("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite"),
-        *("helium", "llama", "mistral", "olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3"),
+        *("helium", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3"),
         *("seed_oss", "smollm3", "stablelm", "starcoder2"),
     }
 )
