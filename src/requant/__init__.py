@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from requant.api.compare import Comparison, compare
     from requant.api.compare_outputs import OutputScores, compare_outputs
     from requant.api.convert import convert, plan
+    from requant.api.export import export
     from requant.api.inspect import Inspection, inspect
     from requant.api.join import join
     from requant.api.upload import upload
@@ -95,6 +96,7 @@ __all__ = [
     "convert",
     "default_eligible",
     "dequantize_weights",
+    "export",
     "inspect",
     "join",
     "parse_quantization",
@@ -122,6 +124,7 @@ _DEFINED_IN = {
         "convert",
         "plan",
     ),
+    "api.export": ("export",),
     "api.inspect": (
         "Inspection",
         "inspect",

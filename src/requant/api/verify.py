@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from requant.api.export import plan_folder
 from requant.checkpoints.byte_ranges import FileRange
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.checkpoints.folder_files import CONFIG, INDEX, RECORD, file_size, is_repository_id
@@ -43,6 +44,7 @@ from requant.planning.layout_selection import vision_part
 from requant.planning.parts import part_of, steps_of_part
 from requant.planning.plan import Plan
 from requant.planning.planner import Planned, plan_with_source
+from requant.quantization.export_options import split_export
 from requant.quantization.options import STATISTICS, ConvertOptions
 from requant.quantization.part import Part
 from requant.sources.hub_repository import find_repository, open_source
@@ -329,7 +331,8 @@ def _repeated_plan(
     """
     options = record.get("options")
     try:
-        recorded = ConvertOptions.from_dict(options if isinstance(options, Mapping) else {})
+        exported, rest = split_export(options if isinstance(options, Mapping) else {})
+        recorded = ConvertOptions.from_dict(rest)
         if recorded.calibrate is not None and statistics is None:
             raise UsageError(
                 "the conversion collected statistics itself, and did not keep them. To repeat it, "
@@ -344,9 +347,11 @@ def _repeated_plan(
         if (recorded.statistics, recorded.calibrate) == (None, None) and statistics is not None:
             raise UsageError(f"--imatrix {statistics}: the output was made without statistics")
         repeated = replace(recorded, config_from=config_from, statistics=statistics)
-        planned = plan_with_source(
-            as_checkpoint(source, config_from, mmproj=vision_part(repeated)), repeated
-        )
+        checkpoint = as_checkpoint(source, config_from, mmproj=vision_part(repeated))
+        if exported is None:
+            planned = plan_with_source(checkpoint, repeated)
+        else:
+            planned = plan_folder(checkpoint, exported)
     except ParseError as error:
         problems.add(f"{RECORD}: options", str(error))
         return None

@@ -9,6 +9,7 @@ import typer
 
 from requant.cli import print_version
 from requant.cli.convert import calibrate, convert, generate, join, plan
+from requant.cli.export import export
 from requant.cli.inspect import compare, inspect, recipes, report, verify
 from requant.cli.upload import upload
 
@@ -49,7 +50,7 @@ def _global_options(
 
 
 # In the order of the help.
-_COMMANDS: list[Callable[..., None]] = [convert, plan, inspect, verify, compare, join]
-_COMMANDS += [calibrate, report, upload, generate, recipes]
+_COMMANDS: list[Callable[..., None]] = [convert, plan, inspect, verify, compare, export]
+_COMMANDS += [join, calibrate, report, upload, generate, recipes]
 for _command in _COMMANDS:
     app.command()(_command)

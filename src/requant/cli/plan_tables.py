@@ -27,6 +27,7 @@ _REASON_TITLES = (
     (Treatment.QUANTIZED, "another group size:"),
     (Treatment.KEPT, "kept, but stored otherwise:"),
     (Treatment.REQUANTIZED, "requantized:"),
+    (Treatment.DEQUANTIZED, "dequantized:"),
 )
 _FILE_LINES = 4
 

@@ -49,6 +49,9 @@ class ReasonCode(StrEnum):
     ACT_ORDER_MOVED = "act_order_moved"
     TENSOR_SCALE = "tensor_scale"
     INPUT_SCALE_FOLDED = "input_scale_folded"
+    # What the format of an export holds.
+    DENSE_FOR_READERS = "dense_for_readers"
+    NOT_IN_FORMAT = "not_in_format"
     # What the statistics file has.
     WITHOUT_STATISTICS = "without_statistics"
     GPTQ_SKIPPED = "gptq_skipped"

@@ -84,6 +84,8 @@ def make_outputs(chunk: Chunk, inputs: Arrays, buffers: WorkerBuffers) -> tuple[
 def _may_hide_damage(chunk: Chunk, outputs: Arrays, stats: LayerStats) -> bool:
     """Whether only results show damage: in scales that are bytes, or lie within blocks."""
     operation = chunk.step.operation
+    if operation is Operation.EXPORT:  # integers, of inputs that were looked at
+        return False
     in_bytes = operation is Operation.REPACK and "biases" not in outputs
     return operation is not Operation.RECODE and (in_bytes or stats.overflowed > 0)
 
@@ -267,6 +269,9 @@ def _run_packed(
     step = chunk.step
     rows = step.rows.stored_rows(chunk.start, chunk.stop)
     results = outputs
+    if step.operation is Operation.EXPORT:
+        packing.repack(inputs, *rows, outputs, buffers)
+        return LayerStats()
     if decodes_rows(step):
         stored = inputs["weight"].view(np.uint8)
         blocks = packing.block_scales(inputs, rows[0])

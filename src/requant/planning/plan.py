@@ -34,6 +34,7 @@ class Operation(StrEnum):
     DECODE = "decode"  # codes, scales, biases -> dense rows
     RECODE = "recode"  # decode, then encode, without leaving the worker
     REPACK = "repack"  # codes of another layout -> MLX's words, scales, biases
+    EXPORT = "export"  # MLX's scales and biases -> a tensor of another format
 
 
 class Treatment(StrEnum):

@@ -254,6 +254,11 @@ def _copy_or_cast_step(
     )
 
 
+def copy_step(layer: str, part: SourceTensor, output: OutputTensor) -> Step:
+    """Copy the bytes of a tensor into one of equal size, perhaps of another dtype and name."""
+    return replace(_copy_or_cast_step(layer, part, None), outputs={"weight": output})
+
+
 # A row longer than this is cut at group borders: memory must not grow with a tensor's width.
 _LONGEST_ROW = 1 << 20
 

@@ -18,6 +18,7 @@ from requant.checkpoints.folder_files import RECORD
 from requant.core.types import Source
 from requant.errors import CheckpointError, ParseError, Problem, error_action
 from requant.output.record import read_record
+from requant.quantization.export_options import EXPORT, ExportOptions, split_export
 from requant.quantization.options import STATISTICS, ConvertOptions
 from requant.reports.report import LayerGroup, group_layers
 from requant.text import format_value
@@ -91,6 +92,7 @@ class Figures:
         options: The options of the conversion.
         tensors: Tensors in the output.
         layers: In the order of the source's bytes.
+        export: The options of an export; None for a conversion.
     """
 
     output: str
@@ -102,6 +104,7 @@ class Figures:
     options: ConvertOptions
     tensors: int
     layers: tuple[LayerSummary, ...]
+    export: ExportOptions | None = None
 
     @property
     def parameters(self) -> int:
@@ -158,7 +161,10 @@ class Figures:
 
     def command(self, source: str = "", output: str = "OUTPUT") -> str:
         """The command that makes this output again; a ``source`` of "" is that of the hub."""
-        words = ["requant", "convert", source or "SOURCE", output, *self.options.command_words()]
+        command, options = "convert", self.options.command_words()
+        if self.export is not None:
+            command, options = "export", self.export.command_words()
+        words = ["requant", command, source or "SOURCE", output, *options]
         if self.repository is not None and not source:
             words[2] = self.repository[0]
             words += ["--revision", self.repository[1]]
@@ -190,7 +196,8 @@ class Figures:
             "source_format": self.source_format,
             "repository": self.repository and list(self.repository),
             "source_files": [list(file) for file in self.source_files],
-            "options": self.options.to_dict(),
+            "options": self.options.to_dict()
+            | ({} if self.export is None else {EXPORT: self.export.to_dict()}),
             "command": self.command(output=self.output),
             "parameters": self.parameters,
             "bytes_in": self.bytes_in,
@@ -229,6 +236,7 @@ def read_figures(output: Source) -> Figures:
     try:
         source = _require(record, "source", dict)
         layers = _require(record, "layers", dict)
+        export, options = split_export(_require(record, "options", dict))
         return Figures(
             output=str(place),
             requant=_require(record, "requant", str),
@@ -236,9 +244,10 @@ def read_figures(output: Source) -> Figures:
             source_format=_require(source, "format", str),
             repository=_repository(source.get("repository")),
             source_files=tuple(map(_source_file, _require(source, "files", list))),
-            options=ConvertOptions.from_dict(_require(record, "options", dict)),
+            options=ConvertOptions.from_dict(options),
             tensors=len(_require(record, "tensors", dict)),
             layers=tuple(_layer(name, _require(layers, name, dict)) for name in layers),
+            export=export,
         )
     except ParseError as error:
         raise CheckpointError(str(place), [Problem(RECORD, str(error))]) from None

@@ -1,0 +1,142 @@
+"""``export``: an MLX folder becomes a folder of another tool, with the same codes.
+
+The stages are those of ``convert``: plan, run, publish.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from requant.checkpoints.checkpoint import Checkpoint
+from requant.checkpoints.folder_files import RECORD, is_repository_id
+from requant.core.types import Source
+from requant.errors import CheckpointError, ParseError, UsageError, error_action
+from requant.execution.executor import Progress
+from requant.execution.runner import run_once
+from requant.output.folder import OutputFolder
+from requant.output.preflight import check_place
+from requant.output.record import read_record
+from requant.planning.export import plan_export
+from requant.planning.plan import Plan
+from requant.planning.planner import Planned
+from requant.quantization.export_options import EXPORT, ExportOptions, split_export
+from requant.quantization.options import ConvertOptions, RunOptions
+from requant.reports.report import Report
+from requant.sources.open import read_checkpoint
+
+
+@error_action("exported")
+def export(
+    source: Source,
+    output: Source,
+    *,
+    to: str,
+    otherwise: str = "refuse",
+    force: bool = False,
+    resume: bool = True,
+    max_memory: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Write an MLX folder in the format of another tool; its codes and scales stay as they are.
+
+    Affine layers of 4 and 8 bits become ``weight_packed``, ``weight_scale`` and, where a zero point
+    is not in the middle, ``weight_zero_point``. A layer is ``exact`` where ``-zero * scale``,
+    rounded to the dtype of the scales, is each of its biases, and ``rounded`` where the two differ
+    by one rounding. Embeddings, output heads and routers are written dense.
+
+    Args:
+        source: MLX folder; it is never modified.
+        output: Folder to write; it appears only when complete.
+        to: The format: "compressed-tensors".
+        otherwise: What becomes of a layer that the format cannot hold with its codes: "refuse"
+            raises an error that lists all of them, "dense" decodes it.
+        force: Replace an existing output.
+        resume: Resume the same export after a stop; False starts over.
+        max_memory: Most bytes to hold in memory.
+        threads: Worker threads; every processor by default.
+        progress: Called about ten times a second.
+
+    Returns:
+        Treatment, exactness and size of each layer.
+
+    Raises:
+        CheckpointError: Every problem of the source; nothing was written.
+        OutputError: The output exists, is being written by another process, or cannot be written.
+        UsageError, UnknownValueError: An option is invalid.
+
+    Example:
+        >>> requant.export("mlx-4bit", "for-vllm", to="compressed-tensors")  # doctest: +SKIP
+    """
+    began = time.perf_counter()
+    options = ExportOptions.from_words(to, otherwise)
+    run = RunOptions.from_arguments(
+        force=force, resume=resume, max_memory=max_memory, threads=threads, progress=progress
+    )
+    planned = plan_folder(source, options)
+    conversion = ConvertOptions()
+    with OutputFolder(
+        planned.plan,
+        planned.source.opened,
+        Path(output),
+        run.force,
+        resume=run.resume,
+        options=conversion.to_dict() | {EXPORT: options.to_dict()},
+    ) as sink:
+        attempt = run_once(planned, sink, conversion, run)
+        if attempt.problems:
+            raise CheckpointError(planned.plan.source, list(attempt.problems), "exported")
+        sink.publish()
+    return Report.build(planned.plan, str(output), attempt.result, time.perf_counter() - began)
+
+
+@error_action("exported")
+def export_plan(
+    source: Source,
+    output: Source,
+    *,
+    to: str,
+    otherwise: str = "refuse",
+    force: bool = False,
+) -> Plan:
+    """Plan an export without running it: what ``requant export --dry-run`` prints.
+
+    Args and errors are those of ``export``.
+    """
+    plan = plan_folder(source, ExportOptions.from_words(to, otherwise)).plan
+    check_place(plan, Path(output), force)
+    return plan
+
+
+def plan_folder(source: Source | Checkpoint, options: ExportOptions) -> Planned:
+    """The plan of the export of a folder, with its source.
+
+    Raises:
+        UsageError: The source is a repository on the hub.
+    """
+    if isinstance(source, Checkpoint):
+        return plan_export(source, options, keeps_names=_has_own_names(source.path))
+    if is_repository_id(source):
+        name = shlex.quote(os.fspath(source))
+        raise UsageError(
+            f"{os.fspath(source)}: export reads folders: hf download {name} --local-dir FOLDER, "
+            "then requant export FOLDER OUTPUT"
+        )
+    return plan_export(read_checkpoint(source), options, keeps_names=_has_own_names(Path(source)))
+
+
+def _has_own_names(folder: Path) -> bool:
+    """Whether the folder's record says that its tensors have the names of a folder for PyTorch."""
+    if not (folder / RECORD).is_file():
+        return False
+    try:
+        record = read_record(folder)
+        _, options = split_export(record["options"])
+        kept = ConvertOptions.from_dict(options).layout == "keep"
+        return kept and record["source"]["format"] not in ("mlx", "gguf", "metal")
+    except (CheckpointError, ParseError, KeyError, TypeError):
+        return False
