@@ -116,39 +116,6 @@ def test_nonfinite(dtype):
     assert _native.count_nonfinite(bits(everything), name) == count
 
 
-@pytest.mark.parametrize("group_size", [16, 32, 64, 128])
-@pytest.mark.parametrize(("a_dtype", "b_dtype"), [(a, b) for a in DTYPES for b in DTYPES])
-def test_group_errors(a_dtype, b_dtype, group_size):
-    """Float32 within a group's 16 lanes, float64 between groups, lanes added up in order."""
-    rng = np.random.default_rng(5)
-    for groups in (0, 1, 7, 40):
-        a = rng.standard_normal((groups, group_size)).astype(a_dtype)
-        b = (a.astype(np.float32) + rng.standard_normal(a.shape) * 0.1).astype(b_dtype)
-        most = np.full(groups, np.nan, np.float32)
-        sums = _native.group_errors(
-            bits(a).ravel(),
-            NAMES[a_dtype.name],
-            bits(b).ravel(),
-            NAMES[b_dtype.name],
-            group_size,
-            bits(most),
-        )
-        x = a.astype(np.float32)
-        d = x - b.astype(np.float32)
-        assert_same_bits(most, np.abs(d).max(-1, initial=0))
-        assert sums == (lanes_sum(d * d), lanes_sum(x * x))
-
-
-def lanes_sum(squares):
-    total = np.zeros(16)
-    for group in squares:
-        lanes = np.zeros(16, np.float32)
-        for run in group.reshape(-1, 16):
-            lanes = lanes + run
-        total += lanes
-    return sum(total.tolist(), start=0.0)
-
-
 @pytest.mark.parametrize("dst", DTYPES)
 def test_cast_into_counts_overflows(dst):
     """From float64 too, which NumPy rounds."""
