@@ -364,15 +364,23 @@ def test_a_flag_that_is_set_ends_every_kind_of_unit(files: type[Files], from_fil
 
 
 def test_a_flag_ends_a_unit_that_runs() -> None:
-    """The search would take many times as long as the flag takes to be set."""
-    w, stop = np.tile(normal(64, 1024, BF16), (64, 1)), StopFlag()
-    timer = threading.Timer(0.01, stop.set)
-    timer.start()
-    encoding, out = RowEncoding(FOUR_BITS, "BF16", "best"), room(w.shape, BF16, FOUR_BITS)
-    with pytest.raises(Stopped):
-        units.encode_rows(w, StoredRows("BF16", *w.shape), out, encoding, stop=stop)
-    timer.join()
-    assert (out[0][-1] == 1).all()  # the last rows are as they were
+    """Between its first rows and its last; a busy machine may need more than one attempt."""
+    w = np.tile(normal(64, 1024, BF16), (64, 1))
+    encoding = RowEncoding(FOUR_BITS, "BF16", "best")
+
+    def ends_within() -> bool:
+        stop, out = StopFlag(), room(w.shape, BF16, FOUR_BITS)
+        timer = threading.Timer(0.005, stop.set)
+        timer.start()
+        try:
+            units.encode_rows(w, StoredRows("BF16", *w.shape), out, encoding, stop=stop)
+        except Stopped:
+            return bool((out[0][0] != 1).any() and (out[0][-1] == 1).all())
+        finally:
+            timer.join()
+        return False
+
+    assert any(ends_within() for _ in range(50))
 
 
 # ---------------------------------------------------------------- arguments
