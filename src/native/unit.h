@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
@@ -45,6 +46,21 @@ struct FileError : std::exception {
   int64_t offset;
 };
 
+// Set by one thread, to end units of others at their next block.
+class StopFlag {
+ public:
+  void set() { is_set_.store(true, std::memory_order_relaxed); }
+  bool is_set() const { return is_set_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> is_set_{false};
+};
+
+// A unit that its flag ended; what it wrote is not complete.
+struct Stopped : std::exception {
+  const char* what() const noexcept override { return "stopped"; }
+};
+
 // ---------------------------------------------------------------- bytes in and out
 
 class Buffer {
@@ -61,11 +77,11 @@ class Buffer {
   std::unique_ptr<uint8_t, Delete> data_;
 };
 
-// The rows of an input, one block after another.
+// The rows of an input, one block after another. stop: looked at before each block; or null.
 class RowReader {
  public:
-  explicit RowReader(const void* data) : data_(static_cast<const uint8_t*>(data)) {}
-  explicit RowReader(std::vector<FileRange> ranges) : ranges_(std::move(ranges)) {}
+  RowReader(const void* data, const StopFlag* stop) : data_(static_cast<const uint8_t*>(data)), stop_(stop) {}
+  RowReader(std::vector<FileRange> ranges, const StopFlag* stop) : ranges_(std::move(ranges)), stop_(stop) {}
 
   // No block is larger.
   void reserve(size_t nbytes) {
@@ -78,6 +94,7 @@ class RowReader {
       read(block_.get(), nbytes);
       return block_.get();
     }
+    check_stop();
     data_ += nbytes;
     return data_ - nbytes;
   }
@@ -87,6 +104,7 @@ class RowReader {
       std::memcpy(into, next(nbytes), nbytes);
       return;
     }
+    check_stop();
     while (nbytes > 0) {
       while (index_ < ranges_.size() && ranges_[index_].nbytes == 0) index_++;
       if (index_ == ranges_.size()) throw FileError{false, index_, 0, 0};
@@ -102,8 +120,13 @@ class RowReader {
   }
 
  private:
+  void check_stop() const {
+    if (stop_ != nullptr && stop_->is_set()) throw Stopped{};
+  }
+
   const uint8_t* data_ = nullptr;  // null: from files
   std::vector<FileRange> ranges_;
+  const StopFlag* stop_;
   size_t index_ = 0;
   Buffer block_;
 };
@@ -136,7 +159,7 @@ class RowWriter {
     for (size_t done = 0; done < used_;) {
       const ssize_t got = pwrite(fd_, block_.get() + done, used_ - done, offset_);
       if (got < 0 && errno == EINTR) continue;
-      if (got < 0) throw FileError{true, index_, errno, offset_};
+      if (got <= 0) throw FileError{true, index_, got < 0 ? errno : ENOSPC, offset_};
       offset_ += got;
       done += size_t(got);
     }
@@ -372,7 +395,7 @@ inline Findings encode_rows(RowReader& source, const StoredRows& stored, Dtype d
 // Rows of `row_bytes`, `stride` bytes apart in a file, put one after another.
 inline void read_spaced(int fd, int64_t offset, size_t stride, size_t rows, size_t row_bytes, uint8_t* into) {
   for (size_t row = 0; row < rows; row++, offset += int64_t(stride), into += row_bytes) {
-    RowReader reader(std::vector<FileRange>{{fd, offset, row_bytes}});
+    RowReader reader(std::vector<FileRange>{{fd, offset, row_bytes}}, nullptr);
     reader.read(into, row_bytes);
   }
 }

@@ -1,6 +1,8 @@
 """Rows from files to files give the bytes and statistics of rows that pass through arrays."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,11 @@ from requant.core.dtypes import HEADER_NAME, TensorInfo
 from requant.errors import CheckpointError, OutputError
 from requant.execution.chunks import Chunk
 from requant.execution.direct import DirectRows, is_direct
+from requant.execution.executor import join_all
 from requant.execution.hessian_cache import HessianCache
 from requant.execution.layer_stats import LayerStats
 from requant.execution.operations import WorkerBuffers, make_outputs
-from requant.execution.source_reader import SourceReader
+from requant.execution.source_reader import RunCancelled, SourceReader
 from requant.packings.floats import Float8
 from requant.planning.plan import EncodeParams, Operation, OutputTensor, RowMapping, Step
 from requant.quantization.config import Quantization
@@ -199,6 +202,38 @@ def test_a_disk_that_is_full(files: Any) -> None:
             DirectRows(made.reader, Shards(full), 300).run(Chunk(step, 0, ROWS))
     finally:
         os.close(full)
+
+
+def test_a_run_that_ends_ends_its_units(files: Any) -> None:
+    made = files(weight=values())
+    dense = {"weight": TensorInfo("BF16", (21, COLUMNS))}
+    made.reader.stop.set()
+    for operation, outputs in ((Operation.COPY, dense), (Operation.ENCODE, codes())):
+        with pytest.raises(RunCancelled):
+            step = step_of(made, operation, outputs)
+            DirectRows(made.reader, Shards(made.shard), 300).run(Chunk(step, 0, ROWS))
+    assert made.path.read_bytes() == b""
+
+
+class Interrupted(threading.Thread):
+    """Ctrl-C comes while it is waited for."""
+
+    joins = 0
+
+    def join(self, timeout: float | None = None) -> None:
+        self.joins += 1
+        if self.joins == 1:
+            raise KeyboardInterrupt
+        super().join(timeout)
+
+
+def test_ctrl_c_does_not_leave_threads_with_files_that_are_closed() -> None:
+    threads = [Interrupted(target=time.sleep, args=[0.05]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        join_all(threads)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_rows_in_another_order_pass_through_arrays(files: Any) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,8 @@ from requant.kernels.units import (
     FilePlace,
     Found,
     RowEncoding,
+    StopFlag,
+    Stopped,
     StoredRows,
     UnitFileError,
 )
@@ -259,7 +262,7 @@ def test_rows_pass_from_files_to_files(
             assert image[place : place + len(part)] == part
         assert len(image) <= at
         os.ftruncate(files.target, 0)
-        units.copy_rows(source, FilePlace(files.target, 7), w.nbytes, block_bytes)
+        units.copy_rows(source, FilePlace(files.target, 7), w.nbytes, block_bytes=block_bytes)
         assert files.path.read_bytes()[7:] == w.tobytes()
         wide = np.empty((1, w.size), np.float32)
         dtypes = "BF16", "F32"
@@ -284,7 +287,7 @@ def test_a_file_that_ends_too_early(files: type[Files]) -> None:
     made = files(bytes(300))  # type: ignore[call-arg]
     source = [FileBytes(made.source, 0, 100), FileBytes(made.source, 100, 412)]
     with pytest.raises(UnitFileError) as raised:
-        units.copy_rows(source, FilePlace(made.target, 0), 512, 64)
+        units.copy_rows(source, FilePlace(made.target, 0), 512, block_bytes=64)
     error = raised.value
     assert (error.is_write, error.index, error.errno, error.offset) == (False, 1, 0, 300)
 
@@ -333,12 +336,64 @@ def test_rows_that_lie_apart(files: type[Files]) -> None:
     assert (raised.value.errno, raised.value.offset) == (0, 60)
 
 
+# ---------------------------------------------------------------- stopping
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_flag_that_is_set_ends_every_kind_of_unit(files: type[Files], from_file: bool) -> None:
+    w = normal(8, 64, BF16)
+    made = files(w.tobytes())  # type: ignore[call-arg]
+    ranges = [FileBytes(made.source, 0, w.nbytes)]
+    row = ranges if from_file else w.reshape(1, -1)
+    target, stop = FilePlace(made.target, 0), StopFlag()
+    assert not stop.is_set()
+    stop.set()
+    assert stop.is_set()
+    with pytest.raises(Stopped):
+        data = ranges if from_file else w.view(np.uint8).reshape(1, -1)
+        units.copy_rows(data, target, w.nbytes, stop=stop)
+    with pytest.raises(Stopped):
+        units.cast_rows(row, ("BF16", "F32"), target, w.size, stop=stop)
+    with pytest.raises(Stopped):
+        units.encode_rows(
+            ranges if from_file else w,
+            StoredRows("BF16", *w.shape),
+            [target] * 3,
+            RowEncoding(FOUR_BITS, "BF16"),
+            stop=stop,
+        )
+    assert made.path.read_bytes() == b""
+
+
+def test_a_flag_ends_a_unit_that_runs() -> None:
+    """Between its first rows and its last; a busy machine may need more than one attempt."""
+    w = np.tile(normal(64, 1024, BF16), (64, 1))
+    encoding = RowEncoding(FOUR_BITS, "BF16", "best")
+
+    def ends_within() -> bool:
+        stop, out = StopFlag(), room(w.shape, BF16, FOUR_BITS)
+        timer = threading.Timer(0.005, stop.set)
+        timer.start()
+        try:
+            units.encode_rows(w, StoredRows("BF16", *w.shape), out, encoding, stop=stop)
+        except Stopped:
+            return bool((out[0][0] != 1).any() and (out[0][-1] == 1).all())
+        finally:
+            timer.join()
+        return False
+
+    assert any(ends_within() for _ in range(50))
+
+
 # ---------------------------------------------------------------- arguments
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"source": np.zeros((2, 32), BF16)}, r"source: expected shape \(2, 64\), got \(2, 32\)"),
         ({"source": [(0, 0, 255)]}, "source: expected ranges of 256 bytes, got 255"),
+        (
+            {"source": [(0, 0, 0)], "stored": StoredRows("BF16", 1 << 58, 64)},
+            r"source: \(288230376151711744, 64\) is too large",
+        ),
+        ({"source": [(0, 0, (1 << 64) - 1), (0, 0, 257)]}, "source: the ranges are too large"),
         ({"stored": StoredRows("BF16", 2, 63)}, "63 columns are not a multiple of 64"),
         ({"stored": StoredRows("I32", 2, 64)}, "expected F32, F16 or BF16, got I32"),
         (

@@ -19,21 +19,23 @@ namespace {
 using Source = std::variant<In, std::vector<std::tuple<int, int64_t, size_t>>>;
 using Output = std::variant<Out, std::pair<int, int64_t>>;
 
-RowReader reader_of(const Source& source, size_t bits, size_t rows, size_t cols) {
+RowReader reader_of(const Source& source, size_t bits, size_t rows, size_t cols, const StopFlag* stop) {
   if (const In* array = std::get_if<In>(&source)) {
     check_shape(*array, "source", bits, rows, cols);
-    return RowReader(array->data());
+    return RowReader(array->data(), stop);
   }
+  size_t expected = 0, nbytes = 0;
+  if (__builtin_mul_overflow(rows, cols, &expected) || __builtin_mul_overflow(expected, bits / 8, &expected))
+    throw_value_error("source: " + to_string(std::vector<size_t>{rows, cols}) + " is too large");
   std::vector<FileRange> ranges;
-  size_t nbytes = 0;
   for (const auto& [fd, offset, size] : std::get<1>(source)) {
     ranges.push_back({fd, offset, size});
-    nbytes += size;
+    if (__builtin_add_overflow(nbytes, size, &nbytes)) throw_value_error("source: the ranges are too large");
   }
-  if (nbytes != rows * cols * bits / 8)
-    throw_value_error("source: expected ranges of " + std::to_string(rows * cols * bits / 8) + " bytes, got " +
+  if (nbytes != expected)
+    throw_value_error("source: expected ranges of " + std::to_string(expected) + " bytes, got " +
                       std::to_string(nbytes));
-  return RowReader(std::move(ranges));
+  return RowReader(std::move(ranges), stop);
 }
 
 RowWriter writer_of(const Output& target, const char* name, size_t index, size_t bits, size_t rows, size_t cols) {
@@ -45,16 +47,16 @@ RowWriter writer_of(const Output& target, const char* name, size_t index, size_t
   return RowWriter(fd, offset, index);
 }
 
-void copy_rows_from(Source source, Output target, size_t nbytes, size_t block_bytes) {
-  RowReader reader = reader_of(source, 8, 1, nbytes);
+void copy_rows_from(Source source, Output target, size_t nbytes, size_t block_bytes, const StopFlag* stop) {
+  RowReader reader = reader_of(source, 8, 1, nbytes, stop);
   RowWriter writer = writer_of(target, "target", 0, 8, 1, nbytes);
   run([&] { copy_rows(reader, writer, nbytes, block_bytes); });
 }
 
 size_t cast_rows_from(Source source, const std::string& source_dtype, Output target, const std::string& dtype,
-                      size_t count, size_t block_bytes) {
+                      size_t count, size_t block_bytes, const StopFlag* stop) {
   const Dtype from = dtype_of(source_dtype), to = dtype_of(dtype);
-  RowReader reader = reader_of(source, bits_of(from), 1, count);
+  RowReader reader = reader_of(source, bits_of(from), 1, count, stop);
   RowWriter writer = writer_of(target, "target", 0, bits_of(to), 1, count);
   return run([&] { return cast_rows(reader, from, writer, to, count, block_bytes); });
 }
@@ -99,8 +101,7 @@ using Found = std::tuple<size_t, ptrdiff_t, size_t, size_t, double, double, doub
 Found encode_rows_from(Source source, const std::string& source_dtype, std::optional<BlockScales> block_scales,
                        const std::string& dtype, size_t rows, size_t cols, const std::string& mode, int group_size, int bits, std::vector<Output> targets,
                        std::optional<std::string> level, std::optional<In> weights, bool by_magnitude,
-                       std::optional<In> error_weights,
-                       bool is_encoded, size_t block_bytes) {
+                       std::optional<In> error_weights, bool is_encoded, size_t block_bytes, const StopFlag* stop) {
   const Dtype to = dtype_of(dtype);
   const StoredRows stored = stored_rows(source_dtype, block_scales, rows, cols);
   Encoding encoding{};
@@ -122,7 +123,7 @@ Found encode_rows_from(Source source, const std::string& source_dtype, std::opti
     if (is_encoded && !std::holds_alternative<Out>(target)) throw_value_error("targets: expected arrays with codes");
   const size_t groups = cols / size_t(group_size), words = groups * size_t(group_size * bits / 32);
   const size_t scale_bits = encoding.has_biases() ? bits_of(to) : 8;
-  RowReader reader = reader_of(source, 8 * stored.item_bytes(), rows, cols);
+  RowReader reader = reader_of(source, 8 * stored.item_bytes(), rows, cols, stop);
   RowTargets writers{writer_of(targets[0], "words", 0, 32, rows, words),
                      writer_of(targets[1], "scales", 1, scale_bits, rows, groups),
                      writer_of(targets.back(), count == 3 ? "biases" : "scales", count - 1, scale_bits, rows, groups)};
@@ -149,15 +150,24 @@ void init_unit(nb::module_& m) {
       PyErr_SetObject(failure, nb::make_tuple(e.is_write, e.index, e.error, e.offset).ptr());
     }
   });
+  nb::exception<Stopped>(m, "Stopped");
+  nb::class_<StopFlag>(m, "StopFlag", "Set by one thread, to end the units of others at their next block.")
+      .def(nb::init<>())
+      .def("set", &StopFlag::set, "Ends the units that were given the flag: they raise Stopped.")
+      .def("is_set", &StopFlag::is_set, "Whether set was called.");
   m.def("copy_rows", &copy_rows_from, "source"_a.noconvert(), "target"_a.noconvert(), "nbytes"_a, "block_bytes"_a,
+        "stop"_a.none(),
         "Copies bytes. A source is an array or ranges (fd, offset, nbytes) of files, a target an array or a place\n"
-        "(fd, offset). Raises FileError(is_write, index of the range or target, errno or 0 at the end, offset).");
+        "(fd, offset). Raises FileError(is_write, index of the range or target, errno or 0 at the end, offset), and\n"
+        "Stopped once the flag is set.");
   m.def("cast_rows", &cast_rows_from, "source"_a.noconvert(), "source_dtype"_a, "target"_a.noconvert(), "dtype"_a,
-        "count"_a, "block_bytes"_a, "The same with values rounded; returns the number of finite values that became infinite.");
+        "count"_a, "block_bytes"_a, "stop"_a.none(),
+        "The same with values rounded; returns the number of finite values that became infinite.");
   m.def("encode_rows", &encode_rows_from, "source"_a.noconvert(), "source_dtype"_a,
         "block_scales"_a.noconvert().none(), "dtype"_a, "rows"_a, "cols"_a,
         "mode"_a, "group_size"_a, "bits"_a, "targets"_a.noconvert(), "level"_a.none(), "weights"_a.noconvert().none(), "by_magnitude"_a,
         "error_weights"_a.noconvert().none(), "is_encoded"_a, "block_bytes"_a,
+        "stop"_a.none(),
         "Casts rows to dtype, encodes them into words, scales and biases, and measures the error; with is_encoded\n"
         "only measures. F8_E4M3 and F8_E4M3FNUZ take block_scales: float32 bits, rows and columns of a block, the\n"
         "first row. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error,\n"

@@ -17,7 +17,7 @@ from requant.execution.damaged_scales import damaged_parts
 from requant.execution.layer_stats import LayerStats
 from requant.execution.operations import byte_rows, decodes_rows, row_encoding, stats_of
 from requant.execution.sink import OpenShards
-from requant.execution.source_reader import SourceReader
+from requant.execution.source_reader import RunCancelled, SourceReader
 from requant.kernels import units
 from requant.packings.base import Packing
 from requant.planning.plan import Operation, Step
@@ -57,6 +57,7 @@ class DirectRows:
         Raises:
             CheckpointError: A source file cannot be read any more.
             OutputError: A write failed.
+            RunCancelled: The run ends; the unit is not complete.
         """
         step, stored = unit.step, unit.step.inputs["weight"]
         assert not isinstance(stored, ComputedTensor)
@@ -81,6 +82,8 @@ class DirectRows:
                     else:
                         stored_rows = byte_rows(step, blocks, first, last)
                     found = self._encode(rows, encoding, source, stored_rows)
+            except units.Stopped:
+                raise RunCancelled from None
             except units.UnitFileError as error:
                 if error.is_write:
                     raise self.shards.write_error(error) from error
@@ -114,15 +117,16 @@ class DirectRows:
         (target,) = self._targets(rows)
         nbytes = sum(part.nbytes for part in source)
         if step.operation is Operation.COPY:
-            units.copy_rows(source, target, nbytes, self.block_bytes)
+            units.copy_rows(
+                source, target, nbytes, block_bytes=self.block_bytes, stop=self.reader.stop
+            )
             return LayerStats()
-        count, dtypes = (
-            nbytes // NUMPY_DTYPE[dtype].itemsize,
-            (dtype, step.outputs["weight"].info.dtype),
+        count = nbytes // NUMPY_DTYPE[dtype].itemsize
+        dtypes = dtype, step.outputs["weight"].info.dtype
+        overflowed = units.cast_rows(
+            source, dtypes, target, count, block_bytes=self.block_bytes, stop=self.reader.stop
         )
-        return LayerStats(
-            overflowed=units.cast_rows(source, dtypes, target, count, block_bytes=self.block_bytes)
-        )
+        return LayerStats(overflowed=overflowed)
 
     def _encode(
         self,
@@ -131,10 +135,15 @@ class DirectRows:
         source: list[units.FileBytes],
         stored: units.StoredRows,
     ) -> LayerStats:
-        targets = self._targets(rows)
-        return stats_of(
-            units.encode_rows(source, stored, targets, encoding, block_bytes=self.block_bytes)
+        found = units.encode_rows(
+            source,
+            stored,
+            self._targets(rows),
+            encoding,
+            block_bytes=self.block_bytes,
+            stop=self.reader.stop,
         )
+        return stats_of(found)
 
     def _targets(self, rows: Chunk) -> list[units.FilePlace]:
         """Where the rows begin in each output: words, scales, biases."""

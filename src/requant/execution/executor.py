@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -90,6 +90,19 @@ def _files_to_read(plan: Plan, progress_log: ProgressLog | None) -> list[str]:
     return list(dict.fromkeys(name for step in steps for name in source_files_of(step, plan)))
 
 
+def join_all(threads: Iterable[threading.Thread]) -> None:
+    """Wait for threads, also through Ctrl-C: they hold numbers of files that are closed next."""
+    interrupt = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
 class _Run:
     """The state that workers share: the units of work, the counters, the first error."""
 
@@ -146,8 +159,7 @@ class _Run:
                     progress(self._progress(began))
         finally:
             self.stop.set()
-            for thread in threads:
-                thread.join()
+            join_all(threads)
         if self.error is not None:
             raise self.error
         if progress is not None:

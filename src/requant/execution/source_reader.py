@@ -23,13 +23,13 @@ from requant.checkpoints.checkpoint import (
 )
 from requant.core.files import open_regular
 from requant.errors import CheckpointError, Problem
-from requant.kernels.units import FileBytes, UnitFileError, read_spaced
+from requant.kernels.units import FileBytes, StopFlag, UnitFileError, read_spaced
 from requant.packings.base import Rect
 from requant.text import os_error_text
 
 
 class RunCancelled(Exception):
-    """The run ends, and the file that this worker waits for will not come."""
+    """The run ends: what this worker waits for, or does, is not completed."""
 
 
 class SourceReader:
@@ -48,7 +48,7 @@ class SourceReader:
         self.consumed, self.needed = consumed, needed
         self.path, self.sizes = opened.path, {f.name: f.nbytes for f in files}
         self.downloader = opened.downloader
-        self.stop = threading.Event()
+        self.stop = StopFlag()
         self.fds: dict[str, int] = {}
         self._opening = threading.Lock()
 

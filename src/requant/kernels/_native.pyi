@@ -177,18 +177,33 @@ def gguf_values(type: int, blocks: numpy.typing.NDArray[Any], out: numpy.typing.
 class FileError(Exception):
     pass
 
-def copy_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], target: numpy.typing.NDArray[Any] | tuple[int, int], nbytes: int, block_bytes: int) -> None:
+class Stopped(Exception):
+    pass
+
+class StopFlag:
+    """Set by one thread, to end the units of others at their next block."""
+
+    def __init__(self) -> None: ...
+
+    def set(self) -> None:
+        """Ends the units that were given the flag: they raise Stopped."""
+
+    def is_set(self) -> bool:
+        """Whether set was called."""
+
+def copy_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], target: numpy.typing.NDArray[Any] | tuple[int, int], nbytes: int, block_bytes: int, stop: StopFlag | None) -> None:
     """
     Copies bytes. A source is an array or ranges (fd, offset, nbytes) of files, a target an array or a place
-    (fd, offset). Raises FileError(is_write, index of the range or target, errno or 0 at the end, offset).
+    (fd, offset). Raises FileError(is_write, index of the range or target, errno or 0 at the end, offset), and
+    Stopped once the flag is set.
     """
 
-def cast_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, target: numpy.typing.NDArray[Any] | tuple[int, int], dtype: str, count: int, block_bytes: int) -> int:
+def cast_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, target: numpy.typing.NDArray[Any] | tuple[int, int], dtype: str, count: int, block_bytes: int, stop: StopFlag | None) -> int:
     """
     The same with values rounded; returns the number of finite values that became infinite.
     """
 
-def encode_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, block_scales: tuple[numpy.typing.NDArray[Any], int, int, int] | None, dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, error_weights: numpy.typing.NDArray[Any] | None, is_encoded: bool, block_bytes: int) -> tuple[int, int, int, int, float, float, float, float, float]:
+def encode_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, block_scales: tuple[numpy.typing.NDArray[Any], int, int, int] | None, dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, error_weights: numpy.typing.NDArray[Any] | None, is_encoded: bool, block_bytes: int, stop: StopFlag | None) -> tuple[int, int, int, int, float, float, float, float, float]:
     """
     Casts rows to dtype, encodes them into words, scales and biases, and measures the error; with is_encoded
     only measures. F8_E4M3 and F8_E4M3FNUZ take block_scales: float32 bits, rows and columns of a block, the

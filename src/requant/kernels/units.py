@@ -6,6 +6,9 @@ that a block has of stored or of dense values, but for one row; about six times 
 
 A source is an array, or ranges of open files, one after another. A target is an array, or a place
 in an open file. Floats are float32, float16 or bfloat16.
+
+A ``StopFlag`` that another thread sets ends a call at its next block, with ``Stopped``; what the
+call wrote is not complete then.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from requant.kernels import _native
+from requant.kernels._native import StopFlag as StopFlag
+from requant.kernels._native import Stopped as Stopped
 from requant.kernels.float_views import as_unsigned
 from requant.kernels.quantize import search_weights
 from requant.quantization.config import Quantization
@@ -107,14 +112,22 @@ class RowEncoding:
     error_weights: Array | None = None
 
 
-def copy_rows(source: Source, target: Target, nbytes: int, block_bytes: int = BLOCK_BYTES) -> None:
+def copy_rows(
+    source: Source,
+    target: Target,
+    nbytes: int,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    stop: StopFlag | None = None,
+) -> None:
     """Copy bytes.
 
     Raises:
         UnitFileError: A file cannot be read or written.
+        Stopped: ``stop`` was set.
     """
     try:
-        _native.copy_rows(_bits(source), _bits(target), nbytes, block_bytes)
+        _native.copy_rows(_bits(source), _bits(target), nbytes, block_bytes, stop)
     except _native.FileError as error:
         raise UnitFileError(error) from None
 
@@ -124,7 +137,9 @@ def cast_rows(
     dtypes: tuple[str, str],
     target: Target,
     count: int,
+    *,
     block_bytes: int = BLOCK_BYTES,
+    stop: StopFlag | None = None,
 ) -> int:
     """Round ``count`` values to nearest even, from the first dtype (a header name) to the second.
 
@@ -133,10 +148,12 @@ def cast_rows(
 
     Raises:
         UnitFileError: A file cannot be read or written.
+        Stopped: ``stop`` was set.
     """
     stored, wanted = dtypes
+    places = _bits(source), stored, _bits(target), wanted
     try:
-        return _native.cast_rows(_bits(source), stored, _bits(target), wanted, count, block_bytes)
+        return _native.cast_rows(*places, count, block_bytes, stop)
     except _native.FileError as error:
         raise UnitFileError(error) from None
 
@@ -149,6 +166,7 @@ def encode_rows(
     *,
     is_encoded: bool = False,
     block_bytes: int = BLOCK_BYTES,
+    stop: StopFlag | None = None,
 ) -> Found:
     """Cast rows, or decode them, encode them, and measure the error of the codes.
 
@@ -161,9 +179,11 @@ def encode_rows(
         encoding: How they are encoded.
         is_encoded: The targets are arrays that hold the codes already: only measure.
         block_bytes: As the module describes.
+        stop: Likewise.
 
     Raises:
         UnitFileError: A file cannot be read or written.
+        Stopped: ``stop`` was set.
     """
     target = encoding.target
     dtype, rows, columns, blocks = stored
@@ -187,6 +207,7 @@ def encode_rows(
                 None if error_weights is None else as_unsigned(error_weights),
                 is_encoded,
                 block_bytes,
+                stop,
             )
         )
     except _native.FileError as error:
