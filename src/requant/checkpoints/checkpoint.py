@@ -204,8 +204,8 @@ class OpenedSource:
             raise CheckpointError(str(self.path), [Problem(name, message)])
         values = np.frombuffer(self._ahead.read(tensor), NUMPY_DTYPE[tensor.info.dtype])
         self.small_tensors[name] = tensor
-        bad = ~np.isfinite(values) if tensor.info.dtype in FLOATS else np.zeros(0, np.bool_)
-        if bad.any():
+        if tensor.info.dtype in FLOATS and not np.isfinite(values).all():
+            bad = ~np.isfinite(values)
             row = int(bad.argmax()) // (tensor.info.shape or (1,))[-1]
             self.damaged[name] = Problem(name, damage("scales", int(bad.sum()), row))
         return values.reshape(tensor.info.shape)

@@ -18,6 +18,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from json.encoder import encode_basestring
 from math import prod
 from typing import Any, BinaryIO
 
@@ -114,17 +115,20 @@ def header_pieces(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     """
     if METADATA_KEY in tensors:
         raise KeyCollisionError("a header keeps its metadata under this name", METADATA_KEY)
-    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
     before = "{"
     if metadata:
-        yield f"{before}{encode(METADATA_KEY)}:{encode(dict(metadata))}"
+        text = json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"))
+        yield f"{before}{encode_basestring(METADATA_KEY)}:{text}"
         before = ","
     start = 0
+    kinds: dict[int, tuple[str, int]] = {}  # by identity: large models share few objects
     for name, info in tensors.items():
-        stop = start + info.nbytes
-        shape = ",".join(map(str, info.shape))
-        entry = f'"dtype":"{info.dtype}","shape":[{shape}],"data_offsets":[{start},{stop}]'
-        yield f"{before}{encode(name)}:{{{entry}}}"
+        kind = kinds.get(id(info))
+        if kind is None:
+            shape = ",".join(map(str, info.shape))
+            kind = kinds[id(info)] = f'"dtype":"{info.dtype}","shape":[{shape}]', info.nbytes
+        stop = start + kind[1]
+        yield f'{before}{encode_basestring(name)}:{{{kind[0]},"data_offsets":[{start},{stop}]}}'
         before, start = ",", stop
     yield "{}" if before == "{" else "}"
 
