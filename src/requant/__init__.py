@@ -139,6 +139,7 @@ _DEFINED_IN = {
     "errors": (
         "BackendError",
         "CheckpointError",
+        "ClusterError",
         "DivisibilityError",
         "HubError",
         "InvariantError",
