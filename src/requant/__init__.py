@@ -142,6 +142,7 @@ _DEFINED_IN = {
     "errors": (
         "BackendError",
         "CheckpointError",
+        "ClusterError",
         "DivisibilityError",
         "HubError",
         "InvariantError",
