@@ -274,6 +274,7 @@ def test_fixtures_come_back(name: str, tmp_path: Path) -> None:
     assert checked >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_model_of_mlx(bits: int, tmp_path: Path) -> None:
     """Every layer of micro-llama is exported, and comes back with its codes and scales."""

@@ -1,8 +1,9 @@
 """The command line: arguments become calls, results become text and exit codes.
 
 Only this package prints or exits. ``application`` has the commands, ``options`` their options and
-arguments; ``convert``, ``inspect`` and ``upload`` run them; ``plan_tables`` and ``tables`` write to
-standard output, ``progress`` to standard error; ``error_handling`` has errors, exit codes and JSON.
+arguments; ``convert``, ``export``, ``inspect`` and ``upload`` run them; ``plan_tables`` and
+``tables`` write to standard output, ``progress`` to standard error; ``error_handling`` has errors,
+exit codes and JSON.
 """
 
 from __future__ import annotations
