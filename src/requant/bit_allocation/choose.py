@@ -160,7 +160,7 @@ def _protected(layers: Iterable[str], protections: Iterable[tuple[str, int]]) ->
 def _with_least_bits(measured: Measured, least: Mapping[str, int]) -> Measured:
     """The measurements without candidates of fewer bits; codes that stay have no error."""
     layers = {
-        layer: tuple(x for x in candidates if not x.energy or _bits(x.spec) >= least.get(layer, 0))
+        layer: tuple(x for x in candidates if not x.error or _bits(x.spec) >= least.get(layer, 0))
         for layer, candidates in measured.layers.items()
     }
     return replace(measured, layers=layers)
