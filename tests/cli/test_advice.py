@@ -465,7 +465,7 @@ EXAMPLES = [
     for line in (COMMANDS[command].help or "").splitlines()
     if line.strip().startswith("requant ")
 ]
-LLAMA = ("Llama-3.2-1B", "Llama-3-8B-AWQ", "mlx-4bit", "Llama-3.2-1B-4bit")
+LLAMA = ("Llama-3.2-1B", "Llama-3-8B-AWQ", "mlx-4bit", "Llama-3.2-1B-4bit", "Llama-3.2-1B-3bit")
 
 
 def moe(folder: Path, kind: str) -> None:
@@ -499,6 +499,11 @@ def test_the_examples_of_help_run_on_models_like_those_that_they_name(
         shutil.rmtree("Llama-3.2-1B-4bit", ignore_errors=True)
         shutil.copytree(MICRO, "Llama-3.2-1B", dirs_exist_ok=True)
         assert requant("convert", "Llama-3.2-1B", "Llama-3.2-1B-4bit", "--bits", "4").code == 0
+    if words[0] == "join":
+        shutil.copytree(MICRO, "Llama-3.2-1B")
+        assert (
+            requant("convert", "Llama-3.2-1B", words[1], "--bits", "4", "--part", "1/2").code == 0
+        )
     for word in words:
         if word.endswith(".txt"):
             Path(word).write_text("The file is open. " * 200)

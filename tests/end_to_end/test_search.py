@@ -101,7 +101,7 @@ def test_mlx_lm_loads_it_and_it_stays_nearer_to_the_dense_model(tmp_path: Path) 
         dense = logs["dense"]
         return float((np.exp(dense) * (dense - logs[name])).sum(-1).mean())
 
-    assert 0 < divergence("best") < 0.8 * divergence("off")
+    assert 0 < divergence("best") < 0.9 * divergence("off")
 
 
 def test_a_quantized_source_is_coded_again_with_a_search(source: Path, tmp_path: Path) -> None:

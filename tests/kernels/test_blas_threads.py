@@ -60,7 +60,7 @@ def test_no_other_thread_works_in_a_block() -> None:
     env = os.environ | {"OPENBLAS_NUM_THREADS": "8"}
     run = subprocess.run([sys.executable, "-c", _WORK], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 0.005
+    assert float(run.stdout) < 0.02  # eight threads take some 0.05 s and more
 
 
 @needs_openblas

@@ -210,8 +210,8 @@ def test_a_folder_in_mlx_lm_s_names_stays_so(options: dict, tmp_path: Path) -> N
     [
         ({"model_type": None}, []),
         ({"model_type": "no_such_model"}, []),
-        ({"model_type": "mistral"}, ["mlx", "mlx_lm"]),
-        ({"model_type": "llama"}, ["mlx", "mlx_lm"]),
+        ({"model_type": "mistral"}, ["mlx"]),
+        ({"model_type": "llama"}, ["mlx"]),
     ],
     ids=str,
 )

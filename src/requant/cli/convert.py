@@ -53,7 +53,7 @@ def convert(
       requant convert Llama-3.2-1B-Q4_K_M.gguf out
       requant convert mlx-4bit out --dequantize --dtype bfloat16
       requant convert Llama-3.2-1B out --bits 4 --upload mlx-community/ --dry-run
-      requant convert Kimi-K2 /shared/out --bits 4 --part 3/8
+      requant convert Llama-3.2-1B out --bits 4 --part 3/8
 
     SOURCE may be a repository on the hub; it is downloaded once its headers hold no problem.
     Stopped (Ctrl-C, kill, a full disk), the same command resumes where it was.
@@ -127,9 +127,9 @@ def join(
 
     \b
     Examples:
-      requant convert Llama-3.2-1B /shared/out --bits 4 --part 1/2
-      requant convert Llama-3.2-1B /shared/out --bits 4 --part 2/2
-      requant join /shared/out
+      requant convert Llama-3.2-1B out --bits 4 --part 1/2
+      requant convert Llama-3.2-1B out --bits 4 --part 2/2
+      requant join out
     """  # noqa: D301
     from requant.api import join as joining
 

@@ -81,7 +81,7 @@ def verify(
       requant verify Llama-3.2-1B Llama-3.2-1B-4bit
       requant verify Llama-3.2-1B-4bit
       requant verify Llama-3.2-1B-4bit --load
-      requant verify Kimi-K2 /shared/out --part 3/8
+      requant verify Llama-3.2-1B Llama-3.2-1B-4bit --part 3/8
     """  # noqa: D301
     from requant.api import verify as verification
     from requant.cli import tables
@@ -130,7 +130,7 @@ def compare(
       requant compare Llama-3.2-1B Llama-3.2-1B-4bit
       requant compare Llama-3.2-1B Llama-3.2-1B-4bit --text held-out.txt
       requant compare Llama-3.2-1B Llama-3.2-1B-Q4_K_M.gguf --json
-      requant compare Llama-3.2-1B 4bit 3bit mxfp4 --text held-out.txt
+      requant compare Llama-3.2-1B Llama-3.2-1B-4bit Llama-3.2-1B-3bit --text held-out.txt
     """  # noqa: D301
     from requant.api import compare as comparison
     from requant.api import compare_outputs as scoring

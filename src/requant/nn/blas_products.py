@@ -96,6 +96,10 @@ def _replaced_products() -> Iterator[None]:
         (mx.fast, "scaled_dot_product_attention", _attention),
     ]
     with ExitStack() as stack:
+        # Compiled functions are traced, and a tracer has no values for NumPy.
+        mx.disable_compile()
+        if not os.environ.get("MLX_DISABLE_COMPILE"):
+            stack.callback(mx.enable_compile)
         for owner, name, function in replacements:
             original = getattr(owner, name)
             stack.enter_context(replaced(owner, name, _or_original(function, original)))
