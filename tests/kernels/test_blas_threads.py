@@ -45,22 +45,27 @@ def test_blocks_that_overlap_restore_the_number_of_before() -> None:
 _WORK = """
 import time, numpy as np
 from requant.kernels.blas_threads import one_blas_thread
-a = np.random.default_rng(0).normal(size=(400, 400))
+a = np.random.default_rng(0).normal(size=(1000, 1000))
+time.sleep(0.3)  # threads that BLAS has started wait in processor time for a while
 with one_blas_thread():
     began = time.process_time(), time.thread_time()
-    for _ in range(5):
+    for _ in range(4):
         a @ a
-    print(time.process_time() - began[0] - (time.thread_time() - began[1]))
+    own = time.thread_time() - began[1]
+    print((time.process_time() - began[0] - own) / own)
 """
 
 
 @needs_openblas
 def test_no_other_thread_works_in_a_block() -> None:
-    """Processor time of threads other than the caller, in a process with eight for BLAS."""
+    """Processor time of other threads over the caller's, in a process with eight for BLAS.
+
+    Without the block it is about 1 on two cores.
+    """
     env = os.environ | {"OPENBLAS_NUM_THREADS": "8"}
     run = subprocess.run([sys.executable, "-c", _WORK], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 0.02  # eight threads take some 0.05 s and more
+    assert float(run.stdout) < 0.3
 
 
 @needs_openblas
