@@ -17,12 +17,6 @@ from requant.api.parts import check_part, join_command, with_absolute_paths
 from requant.bit_allocation.choose import allocate_bits
 from requant.bit_allocation.measure import without_budget
 from requant.bit_allocation.measurements import measurements_path
-from requant.calibration.conversion import (
-    collect_statistics,
-    cost_of_calibration,
-    remove_statistics,
-)
-from requant.calibration.cost import CalibrationCost
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import is_gguf
 from requant.cluster.part_task import Job
@@ -63,6 +57,7 @@ from requant.sources.open import as_checkpoint
 from requant.text import os_error_text
 
 if TYPE_CHECKING:
+    from requant.calibration.cost import CalibrationCost
     from requant.execution.option_keywords import ConvertKeywords, PlanKeywords
 
 _LOCK_WAIT_S = 60.0
@@ -188,6 +183,8 @@ def convert(
     if options.budget is not None:
         measurements_path(folder).unlink(missing_ok=True)
     if options.calibrate is not None:
+        from requant.calibration.conversion import remove_statistics
+
         remove_statistics(folder)
     return report_of(planned, folder, result, began, run)
 
@@ -334,6 +331,8 @@ def calibration_cost(
     Raises:
         HubError, CheckpointError, UsageError: As ``calibrate``.
     """
+    from requant.calibration.conversion import cost_of_calibration
+
     options, run = read_arguments("plan", quantization, arguments)
     if options.calibrate is None:
         return None
@@ -376,6 +375,8 @@ def _with_statistics(
     check_output(first, output, run.force, staged_bytes(output))
     if not _has_search(first):
         return replace(options, calibrate=None, gptq=False, quality=None)
+    from requant.calibration.conversion import collect_statistics
+
     statistics = collect_statistics(source, output, options, run)
     return replace(options, statistics=str(statistics))
 

@@ -15,7 +15,7 @@ import numpy as np
 from requant.checkpoints.checkpoint import ComputedTensor
 from requant.execution.completed_work import CompletedWork
 from requant.execution.resources import ResourceLimits
-from requant.execution.sink import ProgressLog
+from requant.execution.sink import ProgressLog, order_of
 from requant.planning.plan import Step
 
 
@@ -116,7 +116,7 @@ def remaining_units(
     what its rows need, while the others work on other steps.
     """
     before = CompletedWork() if progress_log is None else progress_log.state
-    for number in range(len(steps)) if progress_log is None else progress_log.order:
+    for number in order_of(steps, progress_log):
         step = steps[number]
         for start, stop in list(before.remaining(number, step.rows.count)):
             whole = Chunk(step, start, stop, number)

@@ -28,7 +28,7 @@ from requant.execution.input_estimates import INPUT_POWER, InputPowers
 from requant.execution.layer_stats import LayerStats, RunResult
 from requant.execution.operations import Arrays, WorkerBuffers, make_outputs
 from requant.execution.resources import KEPT_INPUT_POWERS, ResourceLimits
-from requant.execution.sink import ProgressLog, Sink
+from requant.execution.sink import ProgressLog, Sink, order_of
 from requant.execution.source_reader import RunCancelled, SourceReader, bytes_of
 from requant.kernels.blas_threads import one_blas_thread
 from requant.packings.base import Packing
@@ -85,7 +85,7 @@ def run_plan(
 def _files_to_read(plan: Plan, progress_log: ProgressLog | None) -> list[str]:
     """The source files that are still to be read, in the order in which they are needed."""
     before = CompletedWork() if progress_log is None else progress_log.state
-    order = range(len(plan.steps)) if progress_log is None else progress_log.order
+    order = order_of(plan.steps, progress_log)
     steps = (plan.steps[n] for n in order if any(before.remaining(n, plan.steps[n].rows.count)))
     return list(dict.fromkeys(name for step in steps for name in source_files_of(step, plan)))
 
@@ -118,7 +118,7 @@ class _Run:
         self.plan, self.source, self.reader = plan, source, reader
         self.sink, self.limits = sink, limits
         self.progress_log: ProgressLog | None = sink.progress_log
-        order = range(len(plan.steps)) if self.progress_log is None else self.progress_log.order
+        order = order_of(plan.steps, self.progress_log)
         self.bytes_in = sum(plan.steps[number].bytes_in for number in order)
         self.units = remaining_units(plan.steps, limits, self.progress_log)
         shards = sink.shards

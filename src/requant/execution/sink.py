@@ -43,6 +43,11 @@ class OpenShards(Protocol):
         """The error to raise where a shard cannot be written."""
 
 
+def order_of(steps: Sequence[object], progress_log: ProgressLog | None) -> Sequence[int]:
+    """Numbers of the steps that a run has, in its order: all of them without a record."""
+    return range(len(steps)) if progress_log is None else progress_log.order
+
+
 class Sink(Protocol):
     """Where the bytes of a plan's shards go."""
 
