@@ -14,7 +14,7 @@ import pytest
 from pytest import MonkeyPatch
 
 import requant
-from requant.errors import CheckpointError, OutputError, UsageError
+from requant.errors import CheckpointError, OutputError, RequantError, UsageError
 from requant.importance.reader import LayerStatistics, write_statistics
 from requant.output import journal, part_journals
 from requant.output.staging import staging_dir
@@ -194,6 +194,23 @@ def test_options_that_are_not_for_parts(
 def test_nothing_to_join(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no parts to join"):
         requant.join(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"plan": "p"}', '{"plan": "p", "source": "m", "options": 1}']
+)
+def test_a_damaged_command(tmp_path: Path, content: str | None) -> None:
+    """The file is named; after another run of a part nothing is lost."""
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["1/2"], **KEEP_4_BITS)
+    file = staging_dir(tmp_path / "out") / "parts" / "command"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(RequantError, match=f"{file} is"):
+        requant.join(tmp_path / "out")
+    file.unlink(missing_ok=True)
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["1/2"], **KEEP_4_BITS)
+    assert requant.join(tmp_path / "out") is not None
 
 
 def test_an_output_that_exists_is_replaced_only_by_force(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from requant.api.parts import read_join_command
 from requant.core.types import Source
 from requant.errors import CheckpointError, OutputError, error_action
 from requant.execution.executor import Progress
-from requant.output.part_journals import read_command
+from requant.output.part_journals import command_file, read_command
 from requant.output.record import read_record
 from requant.output.staging import StagingFolder
 from requant.planning.layout_selection import vision_part
@@ -64,6 +64,11 @@ def join(
     if command is None:
         if _is_complete(folder):
             return None
+        if staging.parts.is_dir():
+            raise OutputError(
+                f"{command_file(staging.parts)} is missing or not what a part writes; remove it, "
+                "run a part again, then join: what the parts have done is kept"
+            )
         raise OutputError(
             f"{folder}: there are no parts to join in {staging.path}; run requant convert SOURCE "
             f"{shlex.quote(str(folder))} --part 1/2 and 2/2 first"

@@ -107,7 +107,11 @@ def read_join_command(
         ParseError: It is not what ``join_command`` gives.
     """
     source, revision = command.get("source"), command.get("revision")
-    if not isinstance(source, str) or not isinstance(revision, str | None):
+    options = command.get("options")
+    if not (
+        isinstance(source, str)
+        and isinstance(options, Mapping)
+        and isinstance(revision, str | None)
+    ):
         raise ParseError(f"{staging / 'parts' / 'command'} is not what requant wrote there")
-    options = ConvertOptions.from_dict(command["options"])
-    return source, revision, options, bool(command.get("force"))
+    return source, revision, ConvertOptions.from_dict(options), bool(command.get("force"))

@@ -47,8 +47,15 @@ def agree_on_command(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
         fsync(parts)
     found = read_command(parts)
     if found is None:
-        raise OutputError(f"{target} is not what a part writes; remove {parts.parent}")
+        raise OutputError(
+            f"{target} is not what a part writes; remove that file and run a part again"
+        )
     return found
+
+
+def command_file(parts: Path) -> Path:
+    """Where the parts have written what they are made from."""
+    return parts / _COMMAND
 
 
 def read_command(parts: Path) -> dict[str, Any] | None:
