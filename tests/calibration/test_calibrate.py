@@ -14,6 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 from pytest import MonkeyPatch
+from safetensors.numpy import load_file
 
 import requant
 from requant.calibration import block_run as run
@@ -407,11 +408,12 @@ def test_sums_on_a_device_are_those_of_numpy(dtype: mx.Dtype, monkeypatch: Monke
     paths = {id(m): n for n, m in glu.named_modules()} | {id(linear): "linear"}
     x = mx.array(rng.normal(size=(1, 9, 16))).astype(dtype)
     chosen = mx.array([[rng.permutation(3)[:2].tolist() for _ in range(9)]], mx.uint32)
+    monkeypatch.setattr("requant.calibration.collector._PENDING", 3)
     sums = []
     for is_cpu in (True, False):
         monkeypatch.setattr("requant.calibration.collector.on_cpu", lambda is_cpu=is_cpu: is_cpu)
         collector = Collector(paths, True, 1 << 30)
-        for _ in range(2):
+        for _ in range(5):
             with collector.observing():
                 glu(x, chosen), linear(x)
                 collector.flush()
@@ -425,6 +427,22 @@ def test_sums_on_a_device_are_those_of_numpy(dtype: mx.Dtype, monkeypatch: Monke
         for expert in range(len(ours.count)):
             pair = [np.triu(s.hessian(expert)) for s in (ours, theirs)]
             np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_that_a_gpu_works_on_ahead(
+    text: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """More of them than are begun at a time, here on the CPU: the same statistics."""
+    files = [tmp_path / "cpu.safetensors", tmp_path / "gpu.safetensors"]
+    for file, is_cpu in zip(files, (True, False), strict=True):
+        for module in ("collector", "block_run"):
+            name = f"requant.calibration.{module}.on_cpu"
+            monkeypatch.setattr(name, lambda is_cpu=is_cpu: is_cpu)
+        calibrate(LLAMA, file, text, tokens=320, window=16, hessian=True)
+    ours, theirs = map(load_file, files)
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        np.testing.assert_allclose(values, theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_a_hessian_of_more_columns_than_are_summed_at_a_time() -> None:

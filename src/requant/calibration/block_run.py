@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -52,6 +53,8 @@ DEFAULT_WINDOW = 512
 # Of all Hessians of one layer; a wider layer is left out, and named.
 MOST_HESSIAN_BYTES = 4 << 30
 _STATE = 3  # changes with what is kept of a stopped run
+
+_AHEAD = 8  # windows whose computation on a GPU is begun before the first is waited for
 
 _T = TypeVar("_T")
 
@@ -407,12 +410,22 @@ def run_blockwise(
 def _block_outputs(
     step: Callable[[mx.array], mx.array], inputs: Iterable[mx.array], collector: Collector
 ) -> Iterator[np.ndarray]:
-    """Run one block on the hidden states of each window."""
+    """Run one block on the hidden states of each window; a GPU works on some windows ahead."""
+    import mlx.core as mx
+
+    ahead = 0 if on_cpu() else _AHEAD
+    begun: deque[mx.array] = deque()
     for hidden in inputs:
         with as_backend_errors():
-            output = step(hidden)
-            collector.flush(output)
-        yield _to_numpy(output)
+            begun.append(step(hidden).astype(mx.float32))
+            collector.flush(begun[-1])
+            if len(begun) <= ahead:
+                continue
+            output = _to_numpy(begun.popleft())
+        yield output
+    with as_backend_errors():
+        rest = [_to_numpy(output) for output in begun]
+    yield from rest
 
 
 def run_whole(

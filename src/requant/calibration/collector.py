@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from requant.calibration.text_model import TextModel
 
 _COLUMNS = 192  # of a Hessian that are summed at a time
+_PENDING = 64  # sums on a GPU that are fetched at a time
 
 
 def hessian_bytes(matrices: int, n_in: int) -> int:
@@ -36,7 +37,8 @@ def hessian_bytes(matrices: int, n_in: int) -> int:
 class Sums:
     """Sums over the inputs of one layer, or of a stack of experts.
 
-    Of ``x^T x`` only the upper triangle is complete. On a GPU it stays there.
+    Of ``x^T x`` only the upper triangle is complete. On a GPU it stays there, and the other sums
+    are fetched when they are read, or some at a time: a fetch waits for all work before it.
     """
 
     def __init__(self, experts: int, n_in: int, with_hessian: bool, stacked: bool) -> None:
@@ -46,6 +48,8 @@ class Sums:
         self.absolutes = np.zeros((experts, n_in), np.float64)
         # By expert, float32 ``(in, in)``; None before its first token.
         self.products: list[Any] | None = None
+        # Experts, and the sums of squares and of magnitudes of one window, ``(2, in)``, on a GPU.
+        self._pending: list[tuple[int, mx.array]] = []
         if with_hessian:
             self.products = [None] * experts
 
@@ -60,25 +64,46 @@ class Sums:
                 total = self.products[expert] = np.zeros(2 * x.shape[1:], np.float32)
             _add_products(total, x)
 
-    def add_on_device(self, x: mx.array, expert: int = 0) -> None:
-        """The same for an array on a GPU, of any floating dtype."""
+    def add_on_device(self, x: mx.array, expert: int = 0) -> list[mx.array]:
+        """The same for an array on a GPU, of any floating dtype.
+
+        Returns:
+            The sums, for the caller to evaluate.
+        """
         import mlx.core as mx
 
         self.count[expert] += len(x)
         values = x.astype(mx.float32)
-        self.squares[expert] += np.array(mx.square(values).sum(0))
-        self.absolutes[expert] += np.array(mx.abs(values).sum(0))
+        sums = [mx.stack([mx.square(values).sum(0), mx.abs(values).sum(0)])]
+        if len(self._pending) == _PENDING:
+            self._fetch()
+        self._pending.append((expert, sums[0]))
         if self.products is not None:
             total, product = self.products[expert], values.T @ values
             self.products[expert] = product if total is None else total + product
-            mx.eval(self.products[expert])
+            sums.append(self.products[expert])
+        return sums
+
+    def _fetch(self) -> None:
+        """Add what is pending to the sums."""
+        if not self._pending:
+            return
+        import mlx.core as mx
+
+        experts, sums = zip(*self._pending, strict=True)
+        for expert, both in zip(experts, np.array(mx.stack(list(sums))), strict=True):
+            self.squares[expert] += both[0]
+            self.absolutes[expert] += both[1]
+        self._pending.clear()
 
     def are_finite(self) -> bool:
         """Whether none is NaN or infinite."""
+        self._fetch()
         return bool(np.isfinite(self.squares).all())
 
     def statistics(self) -> LayerStatistics:
         """The means; zeros where nothing was seen."""
+        self._fetch()
         over = np.maximum(self.count, 1.0)[:, None]
         means = [(sums / over).astype(np.float32) for sums in (self.squares, self.absolutes)]
         if not self.stacked:
@@ -166,17 +191,24 @@ class Collector:
             self._notes.append(note)
 
     def flush(self, *others: mx.array) -> None:
-        """Evaluate the noted inputs together with ``others``, and add them to the sums."""
+        """Evaluate ``others`` together with the noted inputs, and add these to the sums.
+
+        On a GPU the evaluation is begun, and not waited for.
+        """
         import mlx.core as mx
 
-        arrays = [a for note in self._notes for a in (note.x, note.experts) if a is not None]
-        mx.eval(*arrays, *others)
-        for note in self._notes:
-            self._add(note)
+        if on_cpu():
+            arrays = [a for note in self._notes for a in (note.x, note.experts) if a is not None]
+            mx.eval(*arrays, *others)
+            for note in self._notes:
+                self._add(note)
+        else:
+            sums = [x for note in self._notes for x in self._add_on_device(note)]
+            mx.async_eval(*others, *sums)  # type: ignore[no-untyped-call]
         self._notes.clear()
 
-    def _add(self, note: _Note) -> None:
-
+    def _sums(self, note: _Note) -> Sums:
+        """The sums that a note is added to."""
         n_in = note.x.shape[-1]
         if note.path not in self.sums:
             wide = hessian_bytes(note.matrices, n_in) > self.most
@@ -185,16 +217,12 @@ class Collector:
             wanted = self.with_hessians and not wide
             stacked = note.experts is not None
             self.sums[note.path] = Sums(note.matrices, n_in, wanted, stacked)
-        sums = self.sums[note.path]
-        if on_cpu():
-            self._sum(sums, note)
-        else:
-            self._sum_on_device(sums, note)
+        return self.sums[note.path]
 
-    @staticmethod
-    def _sum(sums: Sums, note: _Note) -> None:
+    def _add(self, note: _Note) -> None:
         import mlx.core as mx
 
+        sums = self._sums(note)
         if note.experts is None:
             x = np.array(note.x.astype(mx.float32), copy=False)
             sums.add(x.reshape(-1, x.shape[-1]))
@@ -203,16 +231,16 @@ class Collector:
         for expert, places in by_expert(note.x, note.experts):
             sums.add(rows[places], expert)
 
-    @staticmethod
-    def _sum_on_device(sums: Sums, note: _Note) -> None:
+    def _add_on_device(self, note: _Note) -> Iterator[mx.array]:
         import mlx.core as mx
 
+        sums = self._sums(note)
         if note.experts is None:
-            sums.add_on_device(note.x.reshape(-1, note.x.shape[-1]))
+            yield from sums.add_on_device(note.x.reshape(-1, note.x.shape[-1]))
             return
         rows = rows_of_experts(note.x, note.experts)
         for expert, places in by_expert(note.x, note.experts):
-            sums.add_on_device(mx.take(rows, mx.array(places), axis=0), expert)
+            yield from sums.add_on_device(mx.take(rows, mx.array(places), axis=0), expert)
 
 
 def observed_layers(model: TextModel) -> dict[int, str]:
