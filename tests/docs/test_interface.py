@@ -16,5 +16,5 @@ def test_nothing_public_is_gone() -> None:
     assert not gone, (
         "\n".join(gone)
         + "\nKeep these, deprecated, or list them in the changelog of a major version "
-        "and write the list anew: python scripts/interface.py > docs/reference/interface.txt"
+        "and write the list again: python scripts/interface.py > docs/reference/interface.txt"
     )
