@@ -14,6 +14,7 @@ import pytest
 from pytest import MonkeyPatch
 
 import requant
+from requant.bit_allocation.measurements import MeasuredErrors
 from requant.errors import CheckpointError, OutputError, RequantError, UsageError
 from requant.importance.reader import LayerStatistics, write_statistics
 from requant.output import journal, part_journals
@@ -133,6 +134,95 @@ def test_of_another_machine_the_durable_lines_count(tmp_path: Path) -> None:
     assert part_journals.read_part_journals(tmp_path, head).done.rows == {0: (0, 10)}
 
 
+# -- a budget: every part measures first -------------------------------------------------------
+
+
+BUDGET: dict[str, Any] = {"budget": 4.5, "layout": "keep"}
+
+
+@pytest.fixture
+def measured(monkeypatch: MonkeyPatch) -> list[str]:
+    """The layers that were measured."""
+    found: list[str] = []
+    add = MeasuredErrors.add
+
+    def note(self: MeasuredErrors, layer: str, errors: Any) -> None:
+        found.append(layer)
+        add(self, layer, errors)
+
+    monkeypatch.setattr(MeasuredErrors, "add", note)
+    return found
+
+
+def test_parts_measure_then_convert(tmp_path: Path, measured: list[str]) -> None:
+    """The last to measure converts at once; each layer is measured once by all together."""
+    requant.convert(MICRO_LLAMA, tmp_path / "one", **BUDGET)
+    expected = sorted(measured)
+    measured.clear()
+    output = tmp_path / "out"
+    left = [
+        requant.convert(MICRO_LLAMA, output, part=part, **BUDGET).unmeasured
+        for part in ("2/3", "1/3", "1/3", "3/3", "1/3", "2/3")
+    ]
+    assert left[0] > left[1] == left[2] > 0 == sum(left[3:])
+    assert sorted(measured) == expected
+    requant.join(output)
+    assert tree(output) == tree(tmp_path / "one")
+
+
+@pytest.mark.parametrize("finish", ["join", "convert", "a part of another count"])
+def test_a_part_that_never_measured(finish: str, tmp_path: Path, measured: list[str]) -> None:
+    requant.convert(MICRO_LLAMA, tmp_path / "one", **BUDGET)
+    count, output = len(measured), tmp_path / "out"
+    measured.clear()
+    assert requant.convert(MICRO_LLAMA, output, part="1/3", **BUDGET).unmeasured > 0
+    if finish == "convert":
+        requant.convert(MICRO_LLAMA, output, **BUDGET)
+    else:
+        if finish != "join":
+            assert not requant.convert(MICRO_LLAMA, output, part="1/1", **BUDGET).unmeasured
+        requant.join(output)
+    assert len(measured) == len(set(measured)) == count
+    assert tree(output) == tree(tmp_path / "one")
+
+
+def test_what_was_chosen_holds_for_all_parts(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """Also where a later part would find other errors."""
+    requant.convert(MICRO_LLAMA, tmp_path / "one", **BUDGET)
+    output = tmp_path / "out"
+    for part in ("1/2", "2/2"):
+        requant.convert(MICRO_LLAMA, output, part=part, **BUDGET)
+    for file in (staging_dir(output) / "parts").glob("measured.*"):
+        file.unlink()
+    monkeypatch.setattr("requant.bit_allocation.measure.run_plan", None)
+    requant.convert(MICRO_LLAMA, output, part="1/2", **BUDGET)
+    requant.join(output)
+    assert tree(output) == tree(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(BUDGET, {**BUDGET, "budget": 5}), (KEEP_4_BITS, BUDGET), (BUDGET, KEEP_4_BITS)],
+)
+def test_parts_with_another_budget(
+    first: dict[str, Any], second: dict[str, Any], tmp_path: Path
+) -> None:
+    requant.convert(MICRO_LLAMA, tmp_path / "out", part="1/2", **first)
+    with pytest.raises(OutputError, match="give the same command in every part"):
+        requant.convert(MICRO_LLAMA, tmp_path / "out", part="2/2", **second)
+
+
+def test_values_that_are_not_numbers_stop_the_part_that_measures_them(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    bad = bf16(64, 128)
+    bad[3, 5] = np.nan
+    source = checkpoint({"a.weight": bf16(64, 128), "b.weight": bad})
+    assert requant.convert(source, tmp_path / "out", part="1/2", **BUDGET).unmeasured == 1
+    with pytest.raises(CheckpointError, match=r"b\.weight: 1 value is NaN"):
+        requant.convert(source, tmp_path / "out", part="2/2", **BUDGET)
+
+
 # -- what does not fit together ----------------------------------------------------------------
 
 
@@ -176,7 +266,8 @@ def test_nonfinite_values_are_named_by_the_part(
 @pytest.mark.parametrize(
     ("options", "way_out"),
     [
-        ({"budget": 4}, "--save-recipe"),
+        ({"budget": 4, "save_recipe": "r.toml"}, "--recipe FILE.toml to every part"),
+        ({"calibrate": True}, "requant calibrate SOURCE"),
         ({"consume_source": True, "yes": True}, "after `requant join`"),
         ({"allow_nonfinite": True}, "--override"),
         ({"resume": False}, "remove the hidden folder"),

@@ -9,12 +9,14 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from requant.api.convert import convert_whole, report_of, start_source
+from requant.api.budget_parts import choose_in_parts
+from requant.api.convert import start_source
 from requant.api.parts import read_join_command
+from requant.api.runs import convert_whole, report_of
 from requant.core.types import Source
 from requant.errors import CheckpointError, OutputError, error_action
 from requant.execution.executor import Progress
-from requant.output.part_journals import command_file, read_command
+from requant.output.part_journals import command_file, read_budget, read_command
 from requant.output.record import read_record
 from requant.output.staging import StagingFolder
 from requant.planning.layout_selection import vision_part
@@ -60,7 +62,7 @@ def join(
     """
     began, folder = time.perf_counter(), Path(output)
     staging = StagingFolder(folder)
-    command = read_command(staging.parts)
+    command = read_command(staging.parts) or read_budget(staging.parts)
     if command is None:
         if _is_complete(folder):
             return None
@@ -86,9 +88,11 @@ def join(
     remote = find_repository(named, revision, vision_part(options))
     try:
         opened = start_source(named, remote, folder, options, run)
+        if options.budget is not None:
+            options = choose_in_parts(opened, folder, options, run, command)
         planned, result = convert_whole(opened, folder, options, run)
     except OutputError:
-        if not _is_complete(folder, command["plan"]):
+        if not _is_complete(folder, command.get("plan", "")):
             raise  # no other process has joined the parts meanwhile
         return None
     planned = planned._replace(plan=replace(planned.plan, source=named))

@@ -17,7 +17,9 @@ from requant.output.journal import Journal, read_journal
 from requant.output.part_journals import (
     add_run,
     agree_on_command,
+    follows,
     new_journal_path,
+    read_budget,
     read_part_journals,
 )
 from requant.output.preflight import check_output
@@ -88,6 +90,9 @@ class PartFolder:
         whole, done_before = read_journal(self.staging.journal)
         self._check_same(whole, head)
         command = {**self._command, "requant": head["requant"], "plan": head["plan"]}
+        budget = read_budget(self.staging.parts)
+        if budget is not None and not follows(command, budget):
+            self._check_same({**head, "plan": None}, head)
         self._check_same(agree_on_command(self.staging.parts, command), head)
         return head, done_before
 

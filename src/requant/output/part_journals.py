@@ -1,6 +1,8 @@
 """What the parts of an output have in common: one command, and a journal for each run of a part.
 
     parts/command           what every part was made from; the first part writes it
+    parts/budget            with --budget: what was asked for before the bits were chosen
+    parts/measured.3-of-8.… with --budget: what one run of part 3 has measured
     parts/3-of-8.1f6c02ab   the journal of one run of part 3; a part that ran twice has two
 
 Files are made whole under another name and then linked, which is atomic on network file systems
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from requant.execution.completed_work import CompletedWork
 from requant.output.journal import boot_id, read_journal
 from requant.quantization.part import Part
 
-_COMMAND = "command"
+_COMMAND, _BUDGET = "command", "budget"
 
 
 def agree_on_command(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,10 +35,23 @@ def agree_on_command(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         OutputError: What is there is not readable.
     """
+    return _agree(parts / _COMMAND, command, read_command)
+
+
+def agree_on_budget(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for what was asked for before the bits of layers were chosen."""
+    return _agree(parts / _BUDGET, command, read_budget)
+
+
+def _agree(
+    target: Path,
+    command: Mapping[str, Any],
+    read: Callable[[Path], dict[str, Any] | None],
+) -> dict[str, Any]:
+    parts = target.parent
     parts.mkdir(exist_ok=True)
-    target = parts / _COMMAND
     if not target.exists():
-        draft = parts / f"{_COMMAND}.{secrets.token_hex(4)}"
+        draft = parts / f"{target.name}.{secrets.token_hex(4)}"
         with draft.open("wb") as file:
             file.write(json.dumps(command, separators=(",", ":")).encode() + b"\n")
             file.flush()
@@ -45,7 +60,7 @@ def agree_on_command(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
             os.link(draft, target)
         draft.unlink()
         fsync(parts)
-    found = read_command(parts)
+    found = read(parts)
     if found is None:
         raise OutputError(
             f"{target} is not what a part writes; remove that file and run a part again"
@@ -60,11 +75,29 @@ def command_file(parts: Path) -> Path:
 
 def read_command(parts: Path) -> dict[str, Any] | None:
     """What the parts are made from; None where there are none."""
+    return _read(parts / _COMMAND, "plan")
+
+
+def read_budget(parts: Path) -> dict[str, Any] | None:
+    """What was asked for before the bits of layers were chosen; None where nothing was."""
+    return _read(parts / _BUDGET, "options")
+
+
+def follows(command: Mapping[str, Any], budget: Mapping[str, Any]) -> bool:
+    """Whether a command is what a budget became when the bits were chosen."""
+
+    def asked(options: Mapping[str, Any]) -> dict[str, Any]:
+        return {**options, "quantization": None, "recipe": None}
+
+    return asked(command.get("options", {})) == asked(budget["options"])
+
+
+def _read(path: Path, key: str) -> dict[str, Any] | None:
     try:
-        command = json.loads((parts / _COMMAND).read_bytes())
+        command = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return command if isinstance(command, dict) and "plan" in command else None
+    return command if isinstance(command, dict) and key in command else None
 
 
 def new_journal_path(parts: Path, part: Part) -> Path:

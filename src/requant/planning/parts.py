@@ -19,23 +19,34 @@ from requant.quantization.part import Part
 def steps_of_part(plan: Plan, part: Part) -> tuple[int, ...]:
     """Numbers of the steps that a part runs, ascending; none where there are too few steps.
 
-    Steps that belong together are one group. The groups, in the order of their first steps, are
-    laid end to end on a line by their cost, which is divided into ``part.count`` equal pieces. A
-    group belongs to the piece in which its middle lies.
-
-    Example: groups with the costs 1, 1, 4, 2 have their middles at 0.5, 1.5, 4 and 7 of 8. Of two
-    parts the first has the groups up to 4 exclusive: the costs 1 and 1; the second has 4 and 2.
+    Steps that belong together are one group. The groups, in the order of their first steps, are cut
+    by ``indices_of_part``.
     """
     groups = _groups(plan)
     costs = [sum(step_cost(plan.steps[number]) for number in group) for group in groups]
+    return tuple(sorted(n for group in indices_of_part(costs, part) for n in groups[group]))
+
+
+def indices_of_part(costs: Sequence[float], part: Part) -> list[int]:
+    """Which of several pieces of work with these costs a part does, ascending.
+
+    The pieces are laid end to end on a line by their cost, which is divided into ``part.count``
+    equal lengths. A piece belongs to the length in which its middle lies.
+
+    Example:
+        The middles are at 0.5, 1.5, 4 and 7 of 8; the first part has those before 4.
+
+        >>> indices_of_part([1, 1, 4, 2], Part(1, 2)), indices_of_part([1, 1, 4, 2], Part(2, 2))
+        ([0, 1], [2, 3])
+    """
     ends = list(accumulate(costs))
     total = ends[-1] if ends else 0.0
     borders = [total * number / part.count for number in range(1, part.count)]
-    numbers: list[int] = []
-    for group, end, cost in zip(groups, ends, costs, strict=True):
-        if bisect_right(borders, end - cost / 2) == part.number - 1:
-            numbers.extend(group)
-    return tuple(sorted(numbers))
+    return [
+        index
+        for index, (end, cost) in enumerate(zip(ends, costs, strict=True))
+        if bisect_right(borders, end - cost / 2) == part.number - 1
+    ]
 
 
 def _groups(plan: Plan) -> list[list[int]]:
