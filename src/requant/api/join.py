@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from requant.api.budget_parts import choose_in_parts
 from requant.api.convert import start_source
@@ -24,6 +25,11 @@ from requant.quantization.options import RunOptions
 from requant.reports.report import Report
 from requant.sources.hub_repository import find_repository
 
+if TYPE_CHECKING:
+    from requant.calibration.block_run import Calibration
+
+STATISTICS_SUFFIX = ".safetensors"  # of the file that ``calibrate`` writes
+
 
 @error_action("joined")
 def join(
@@ -35,14 +41,17 @@ def join(
     threads: int | None = None,
     max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Report | None:
-    """Complete an output that ``convert(..., part="i/n")`` has begun.
+) -> Report | Calibration | None:
+    """Complete an output that ``convert(..., part="i/n")``, or ``calibrate``, has begun.
 
     All journals must belong to one plan. What no part has done is done here, then the output is
     published under its name. Parts may have run in any order, twice, or not at all.
 
+    Of a calibration all parts must be done: their sums are added to the file that one process
+    writes. Of the other arguments ``force`` is for that.
+
     Args:
-        output: The folder that was given to the parts.
+        output: The folder, or the statistics file, that was given to the parts.
         source: Where the source is on this machine, if not where the parts have found it.
         force: Replace an output that exists; as given to the parts by default.
         verify_load: As in ``convert``.
@@ -51,7 +60,8 @@ def join(
         progress: As in ``convert``.
 
     Returns:
-        The report of the whole conversion; None if the output is complete already.
+        The report of the whole conversion, or the calibration; None if the output is complete
+        already.
 
     Raises:
         OutputError: There are no parts, they are of different conversions, or one is still running.
@@ -61,6 +71,10 @@ def join(
         >>> requant.join("output")  # doctest: +SKIP
     """
     began, folder = time.perf_counter(), Path(output)
+    if folder.suffix == STATISTICS_SUFFIX:
+        from requant.calibration.join_parts import join_calibration
+
+        return join_calibration(folder, force=force)
     staging = StagingFolder(folder)
     command = read_command(staging.parts) or read_budget(staging.parts)
     if command is None:
