@@ -414,7 +414,7 @@ class BlockSections:
 
     def __init__(self, task: Task, collector: Collector, folder: RunFolder, done: int) -> None:
         self.collector, self._task, self._folder, self._done = collector, task, folder, done
-        self._sums = SectionSums(folder.path, done)
+        self._sums = SectionSums(folder.path, done, durable=task.part is not None)
 
     def of(self, inputs: Iterable[_T]) -> Iterator[_T]:
         """The inputs of the windows; between two sections the sums begin anew."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from requant.calibration.collector import Sums
+from requant.core.files import fsync
 
 SECTIONS = 8
 _ROWS = 64  # of a triangle that are written at a time
@@ -42,10 +42,13 @@ Run = tuple[int, int]
 
 
 class SectionSums:
-    """Adds the sums of sections, which come in their order; files of a block in ``folder``."""
+    """Adds the sums of sections of a block, which come in their order; files are in ``folder``.
 
-    def __init__(self, folder: Path, block: int) -> None:
-        self._folder, self._block = folder, block
+    With ``durable`` files outlive a loss of power.
+    """
+
+    def __init__(self, folder: Path, block: int, *, durable: bool = False) -> None:
+        self._folder, self._block, self._durable = folder, block, durable
         self._runs: list[Run] = []  # those that were added, added together where they are a subtree
         self._held: dict[str, Sums] | None = None  # the last of them, unless it is in its file
 
@@ -66,7 +69,10 @@ class SectionSums:
     def save(self) -> None:
         """Write what is in memory to its file."""
         if self._held is not None:
-            write_sums(self._path(self._runs[-1]), self._held)
+            path = self._path(self._runs[-1])
+            write_sums(path, self._held)
+            if self._durable:
+                fsync(path)
             self._held = None
 
     def total(self) -> dict[str, Sums]:
@@ -104,7 +110,7 @@ def block_and_run(name: str) -> tuple[int, Run]:
 
 
 def write_sums(path: Path, sums: Mapping[str, Sums]) -> None:
-    """Write sums, durably: for each layer a line of JSON, then its arrays."""
+    """Write sums: for each layer a line of JSON, then its arrays."""
     with path.open("wb") as file:
         for layer, of_layer in sums.items():
             products = of_layer.products
@@ -117,8 +123,6 @@ def write_sums(path: Path, sums: Mapping[str, Sums]) -> None:
                 if matrix is not None:
                     for rows in _rows_of_triangle(np.asarray(matrix)):
                         file.write(np.ascontiguousarray(rows).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_sums(path: Path) -> dict[str, Sums]:
