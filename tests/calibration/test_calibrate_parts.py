@@ -1,5 +1,6 @@
 """``calibrate(part=...)`` and ``join``: the same file as one process writes, bit for bit."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_any_cut_gives_the_same_sums(
     expected = arrays_of(whole.total())
     borders = sorted({0, count, *(x for x in cuts if x < count)})
     joined = SectionSums(folder, 2)
-    for number, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    for number, (start, stop) in enumerate(pairwise(borders)):
         part = SectionSums(folder, 10 + number)
         for section in range(start, stop):
             part.add((section, section + 1), random_sums(section))
@@ -175,7 +176,7 @@ def test_what_does_not_fit_together(tmp_path: Path) -> None:
     run_parts(MICRO_LLAMA, output, ["1/2"], **SMALL)
     with pytest.raises(OutputError, match="the part 2/2 is not done"):
         requant.join(output)
-    with pytest.raises(OutputError, match="requant join .* completes it"):
+    with pytest.raises(OutputError, match=r"requant join .* completes it"):
         requant.calibrate(MICRO_LLAMA, output, **SMALL)
     run_parts(MICRO_LLAMA, output, ["2/2"], **{**SMALL, "hessian": False})
     with pytest.raises(OutputError, match="2/2 is of another calibration than part 1/2"):
