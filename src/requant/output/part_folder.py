@@ -14,6 +14,7 @@ from requant.errors import OutputError
 from requant.execution.completed_work import CompletedWork
 from requant.output.folder import describe_change, journal_header
 from requant.output.journal import Journal, read_journal
+from requant.output.journaled_sink import JournaledSink
 from requant.output.part_journals import (
     add_run,
     agree_on_command,
@@ -24,14 +25,14 @@ from requant.output.part_journals import (
 )
 from requant.output.preflight import check_output
 from requant.output.progress import JournaledProgress
-from requant.output.shard_files import ShardFiles, write_error
-from requant.output.staging import StagingFolder, bytes_on_disk
+from requant.output.shard_files import write_error
+from requant.output.staging import bytes_on_disk
 from requant.planning.parts import steps_of_part
 from requant.planning.plan import Plan
 from requant.quantization.part import Part
 
 
-class PartFolder:
+class PartFolder(JournaledSink):
     """The ``Sink`` of one part of a conversion. A context manager.
 
     ``command`` is what ``join`` repeats the plan from. What earlier runs of the part have done is
@@ -47,14 +48,10 @@ class PartFolder:
         command: Mapping[str, Any],
         force: bool = False,
     ) -> None:
-        self.plan, self.source, self.output = plan, source, output
-        self.part, self.force = part, force
+        super().__init__(plan, source, output, force)
+        self.part = part
         self.steps = steps_of_part(plan, part)
-        self.staging = StagingFolder(output)
         self._command = dict(command)
-        self._files = ShardFiles(self.staging.staged_output, output, plan.shards)
-        self._journal: Journal | None = None
-        self._progress: JournaledProgress | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -117,25 +114,6 @@ class PartFolder:
                 f"remove {self.staging.path} to start over"
             )
 
-    def _sync(self) -> None:
-        self._files.sync_data()
-        self.staging.sync_names()
-
-    @property
-    def shards(self) -> ShardFiles:
-        """Where a run may write without ``write``."""
-        return self._files
-
-    @property
-    def progress_log(self) -> JournaledProgress:
-        """Where a run records what is done."""
-        assert self._progress is not None, "the folder was not entered"
-        return self._progress
-
-    def write(self, file: str, offset: int, data: memoryview) -> None:
-        """Write ``data`` at an absolute offset of a shard; thread-safe."""
-        self._files.write(file, offset, data)
-
     def finish(self) -> None:
         """Hash what is complete, make everything durable, and then record that the part is done.
 
@@ -156,7 +134,5 @@ class PartFolder:
         self._close()
 
     def _close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        self._files.close()
+        self._close_files()
         self.staging.unlock()
