@@ -318,10 +318,12 @@ def test_two_joins_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: M
 
 
 @pytest.mark.slow
-def test_parts_and_joins_that_are_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dense", "budget"])
+def test_parts_and_joins_that_are_killed(name: str, tmp_path: Path) -> None:
     """50 kills over parts that run at the same time and two joins at once."""
+    source, options = JOBS[name](tmp_path)
     script = [sys.executable, "-m", "tests.support.part_interruptions"]
-    arguments = [MICRO_LLAMA, tmp_path / "out", json.dumps(KEEP_4_BITS), 5, 50]
+    arguments = [source, tmp_path / "out", json.dumps(options), 5, 50]
     done = subprocess.run([*script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     killed = json.loads(done.stdout)

@@ -37,10 +37,10 @@ from requant.output.staging import (
     staging_dir,
 )
 from requant.planning.layout_selection import vision_part
-from requant.planning.parts import part_of
+from requant.planning.parts import part_of, steps_of_part
 from requant.planning.plan import Plan
 from requant.planning.planner import Planned, make_plan
-from requant.planning.release_order import peak_disk_bytes
+from requant.planning.release_order import peak_disk_bytes, subplan
 from requant.quantization.config import Quantization
 from requant.quantization.option_signatures import read_arguments, takes_options
 from requant.quantization.options import ConvertOptions, RunOptions
@@ -353,10 +353,15 @@ def start_source(
     area = downloads_dir(output) if run.consume_source else None
     checkpoint = as_checkpoint(remote.read_headers(options.config_from), options.config_from)
     plan, spent = make_plan(checkpoint, options), staged_bytes(output)
+    needed = None
+    if run.part is not None and options.budget is None:
+        steps = [plan.steps[number] for number in steps_of_part(plan, run.part)]
+        needed = {file.name for file in subplan(plan, steps).files}
     if area is None:
-        most = sum(shard.nbytes for shard in plan.shards) + remote.cache_bytes_on_disk_of(output)
+        most = sum(shard.nbytes for shard in plan.shards)
+        most += remote.cache_bytes_on_disk_of(output, needed)
     else:
         spent += bytes_on_disk(area)
         most = peak_disk_bytes(plan)
     check_output(plan, output, run.force, spent, most)
-    return remote.start_download(checkpoint, area)
+    return remote.start_download(checkpoint, area, needed)
