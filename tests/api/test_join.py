@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import requant
 from requant.bit_allocation.measurements import MeasuredErrors
 from requant.errors import CheckpointError, OutputError, RequantError, UsageError
 from requant.output import journal, part_journals
+from requant.output.journal import Journal
+from requant.output.shard_files import ShardFiles
 from requant.output.staging import staging_dir
 from tests.support.checkpoints import MICRO_LLAMA, ROOT, tree
 from tests.support.number_formats import bf16
@@ -100,6 +103,54 @@ def test_of_another_machine_the_durable_lines_count(tmp_path: Path) -> None:
     ]
     (tmp_path / "1-of-2.aaaaaaaa").write_text("".join(json.dumps(x) + "\n" for x in lines))
     assert part_journals.read_part_journals(tmp_path, head).done.rows == {0: (0, 10)}
+
+
+def test_a_copy_of_the_source_on_another_machine(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """Its files have other times of change; what was made durable there is not made again."""
+    copy = Path(shutil.copytree(MICRO_LLAMA, tmp_path / "copy"))
+    for file in copy.glob("*.safetensors"):
+        os.utime(file, (1, 1))
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["1/2"], **KEEP_4_BITS)
+    with monkeypatch.context() as machine:
+        (tmp_path / "boot").write_text("another machine")
+        machine.setattr(journal, "_BOOT_ID", tmp_path / "boot")
+        run_parts(copy, tmp_path / "out", ["2/2"], **KEEP_4_BITS)
+    written: list[int] = []
+    monkeypatch.setattr(
+        "requant.output.shard_files.ShardFiles.write", lambda *given: written.append(1)
+    )
+    requant.join(tmp_path / "out")
+    assert written == []
+    monkeypatch.undo()
+    requant.convert(MICRO_LLAMA, tmp_path / "one", **KEEP_4_BITS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def test_the_last_line_is_durable_before_a_part_is_done(
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """Data is synced, then the journal, then the line that says that the part is finished."""
+    order: list[str] = []
+    sync, finished = ShardFiles.sync_data, Journal.add
+
+    def note_sync(self: ShardFiles) -> None:
+        order.append("data")
+        sync(self)
+
+    def note_line(self: Journal, line: Any, *, durable: bool = False) -> None:
+        if "finished" in line:
+            assert durable
+            order.append("finished")
+        finished(self, line, durable=durable)
+
+    monkeypatch.setattr(ShardFiles, "sync_data", note_sync)
+    monkeypatch.setattr(Journal, "add", note_line)
+    run_parts(MICRO_LLAMA, tmp_path / "out", ["1/2"], **KEEP_4_BITS)
+    assert order[-2:] == ["data", "finished"]
+    (file,) = (staging_dir(tmp_path / "out") / "parts").glob("1-of-2.*")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines[-1] == {"finished": True}
+    assert lines[-2] == {"durable": len(lines) - 3}  # all lines after the head, before the marker
 
 
 # -- a budget: every part measures first -------------------------------------------------------

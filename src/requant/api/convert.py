@@ -343,17 +343,20 @@ def start_source(
     output: Path,
     options: ConvertOptions,
     run: RunOptions,
+    *,
+    joins: bool = False,
 ) -> Path | Checkpoint:
     """The source of a conversion: a path, or a repository whose download starts.
 
-    Of a repository the headers and the output are checked first.
+    Of a repository the headers, the output and the room for downloads are checked first. With
+    ``joins``, parts have done most of it, and no room is asked for.
     """
     if remote is None:
         return Path(source)
     area = downloads_dir(output) if run.consume_source else None
     checkpoint = as_checkpoint(remote.read_headers(options.config_from), options.config_from)
     plan, spent = make_plan(checkpoint, options), staged_bytes(output)
-    needed = None
+    needed: set[str] | None = set() if joins else None
     if run.part is not None and options.budget is None:
         steps = [plan.steps[number] for number in steps_of_part(plan, run.part)]
         needed = {file.name for file in subplan(plan, steps).files}

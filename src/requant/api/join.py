@@ -101,7 +101,7 @@ def join(
     named = recorded if source is None else str(source)
     remote = find_repository(named, revision, vision_part(options))
     try:
-        opened = start_source(named, remote, folder, options, run)
+        opened = start_source(named, remote, folder, options, run, joins=True)
         if options.budget is not None:
             options = choose_in_parts(opened, folder, options, run, command)
         planned, result = convert_whole(opened, folder, options, run)
