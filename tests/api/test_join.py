@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from pytest import MonkeyPatch
+from safetensors.numpy import save_file
 
 import requant
 from requant.bit_allocation.measurements import MeasuredErrors
-from requant.errors import CheckpointError, OutputError, RequantError, UsageError
+from requant.errors import CheckpointError, InvariantError, OutputError, RequantError, UsageError
 from requant.output import journal, part_journals
+from requant.output.folder import OutputFolder
 from requant.output.journal import Journal
 from requant.output.shard_files import ShardFiles
 from requant.output.staging import staging_dir
@@ -242,6 +244,124 @@ def test_values_that_are_not_numbers_stop_the_part_that_measures_them(
         requant.convert(source, tmp_path / "out", part="2/2", **BUDGET)
 
 
+# -- the source is deleted -------------------------------------------------------------------
+
+
+CONSUME: dict[str, Any] = {**KEEP_4_BITS, "consume_source": True, "yes": True}
+FILES = [f"model-{n:05}-of-00004.safetensors" for n in range(1, 5)]
+
+
+@pytest.fixture
+def four_files(tmp_path: Path) -> Path:
+    """Four files of two layers each."""
+    folder, shard_of = tmp_path / "m", {}
+    folder.mkdir()
+    for number, file in enumerate(FILES):
+        names = [f"model.layers.{number}.mlp.{x}_proj.weight" for x in ("up", "down")]
+        tensors = {name: bf16(64, 128, seed=number) for name in names}
+        save_file(tensors, folder / file)
+        shard_of |= dict.fromkeys(tensors, file)
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
+    return folder
+
+
+def weights_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def test_each_part_deletes_its_files(four_files: Path, tmp_path: Path) -> None:
+    """All parts are computed once before the first file is deleted."""
+    output = tmp_path / "out"
+    requant.convert(four_files, tmp_path / "one", **KEEP_4_BITS)
+    for part, unchecked in (("2/3", 2), ("1/3", 1), ("1/3", 1)):
+        report = requant.convert(four_files, output, part=part, **CONSUME)
+        assert report.unchecked == unchecked
+        assert weights_in(four_files) == FILES
+    left = []
+    for part in ("3/3", "1/3", "2/3"):
+        assert not requant.convert(four_files, output, part=part, **CONSUME).unchecked
+        left.append(weights_in(four_files))
+    assert len(left[0]) > len(left[1]) > len(left[2]) == 0
+    requant.join(output)
+    assert tree(output) == tree(tmp_path / "one")
+
+
+@pytest.mark.parametrize("done", [(), ("1/2",), ("1/2", "2/2"), ("1/2", "2/2", "1/2")])
+def test_a_join_deletes_what_is_left(
+    done: tuple[str, ...], four_files: Path, tmp_path: Path
+) -> None:
+    """Also where not all parts were checked, or none has converted."""
+    requant.convert(four_files, tmp_path / "one", **KEEP_4_BITS)
+    requant.convert(four_files, tmp_path / "out", part="2/2", **CONSUME)
+    for part in done:
+        requant.convert(four_files, tmp_path / "out", part=part, **CONSUME)
+    requant.join(tmp_path / "out")
+    assert weights_in(four_files) == []
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def test_nothing_is_deleted_where_a_part_holds_an_error(four_files: Path, tmp_path: Path) -> None:
+    bad = bf16(64, 128)
+    bad[3, 5] = np.nan
+    save_file(
+        {f"model.layers.3.mlp.{x}_proj.weight": bad for x in ("up", "down")}, four_files / FILES[3]
+    )
+    assert requant.convert(four_files, tmp_path / "out", part="1/2", **CONSUME).unchecked == 1
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="1 value is NaN"):
+            requant.convert(four_files, tmp_path / "out", part="2/2", **CONSUME)
+        assert requant.convert(four_files, tmp_path / "out", part="1/2", **CONSUME).unchecked == 1
+    with pytest.raises(CheckpointError, match="1 value is NaN"):
+        requant.join(tmp_path / "out")
+    assert weights_in(four_files) == FILES
+
+
+def test_a_file_of_several_parts(four_files: Path, tmp_path: Path) -> None:
+    """The error comes before anything is written."""
+    with pytest.raises(UsageError, match=r"the parts 2/5, 3/5 read: .* be cut into 4 parts"):
+        requant.convert(four_files, tmp_path / "out", part="2/5", **CONSUME)
+    source = Path(shutil.copytree(MICRO_LLAMA, tmp_path / "single"))
+    with pytest.raises(
+        UsageError, match=r"deletes model.safetensors, .* 1/2, 2/2 read: .* 1 part\."
+    ):
+        requant.convert(source, tmp_path / "out", part="1/2", **CONSUME)
+    assert not staging_dir(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("other", [{"part": "1/3", **CONSUME}, {"part": "2/2", **KEEP_4_BITS}])
+def test_parts_that_do_not_agree_on_deletion(
+    other: dict[str, Any], four_files: Path, tmp_path: Path
+) -> None:
+    requant.convert(four_files, tmp_path / "out", part="1/2", **CONSUME)
+    with pytest.raises(OutputError, match="every part has it, and the same count"):
+        requant.convert(four_files, tmp_path / "out", **other)
+
+
+def test_what_is_deleted_is_not_lost(
+    four_files: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """A conversion without --consume-source is rejected, and a failed join removes nothing."""
+    requant.convert(four_files, tmp_path / "one", **KEEP_4_BITS)
+    output = tmp_path / "out"
+    for part in ("1/2", "2/2"):
+        requant.convert(four_files, output, part=part, **CONSUME)
+    assert len(weights_in(four_files)) in (1, 2, 3)
+    for options in (KEEP_4_BITS, {**KEEP_4_BITS, "resume": False}):
+        with pytest.raises(RequantError, match="--consume-source"):
+            requant.convert(four_files, output, **options)
+    with monkeypatch.context() as broken:
+        broken.setattr(OutputFolder, "publish", fail)
+        with pytest.raises(InvariantError):
+            requant.join(output)
+    requant.join(output)
+    assert tree(output) == tree(tmp_path / "one")
+
+
+def fail(*_: object) -> None:
+    raise InvariantError("it is a test")
+
+
 # -- what does not fit together ----------------------------------------------------------------
 
 
@@ -287,7 +407,6 @@ def test_nonfinite_values_are_named_by_the_part(
     [
         ({"budget": 4, "save_recipe": "r.toml"}, "--recipe FILE.toml to every part"),
         ({"calibrate": True}, "requant calibrate SOURCE"),
-        ({"consume_source": True, "yes": True}, "after `requant join`"),
         ({"allow_nonfinite": True}, "--override"),
         ({"resume": False}, "remove the hidden folder"),
         ({"verify_load": True}, "give it to `requant join`"),
@@ -369,10 +488,11 @@ def test_two_joins_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense", "budget"])
-def test_parts_and_joins_that_are_killed(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dense", "budget", "deleted source"])
+def test_parts_and_joins_that_are_killed(name: str, four_files: Path, tmp_path: Path) -> None:
     """50 kills over parts that run at the same time and two joins at once."""
-    source, options = JOBS[name](tmp_path)
+    jobs = {**JOBS, "deleted source": lambda _: (four_files, CONSUME)}
+    source, options = jobs[name](tmp_path)
     script = [sys.executable, "-m", "tests.support.part_interruptions"]
     arguments = [source, tmp_path / "out", json.dumps(options), 5, 50]
     done = subprocess.run([*script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)

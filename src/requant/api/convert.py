@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Unpack
 
 from requant.api.budget_parts import choose_in_parts
 from requant.api.parts import Command, check_part, join_command
-from requant.api.runs import convert_on_cluster, convert_part, convert_whole, dry_run, report_of
+from requant.api.runs import (
+    PartlyCheckedError,
+    convert_on_cluster,
+    convert_part,
+    convert_whole,
+    dry_run,
+    report_of,
+)
 from requant.bit_allocation.choose import allocate_bits
 from requant.bit_allocation.measure import without_budget
 from requant.bit_allocation.measurements import PartlyMeasuredError, measurements_path
@@ -211,7 +218,12 @@ def _run_part(
             spent_s, nothing = time.perf_counter() - began, part_of(found.plan, ())
             report = Report.build(nothing, str(output), RunResult(), spent_s)
             return replace(report, part=run.part, unmeasured=found.unmeasured)
-    planned, result = convert_part(opened, output, options, run, command_of(options))
+    try:
+        planned, result = convert_part(opened, output, options, run, command_of(options))
+    except PartlyCheckedError as found:
+        spent_s, nothing = time.perf_counter() - began, part_of(found.plan, ())
+        report = Report.build(nothing, str(output), RunResult(), spent_s)
+        return replace(report, part=run.part, unchecked=found.unchecked)
     return report_of(planned, output, result, began, run)
 
 
@@ -327,6 +339,11 @@ def _check_consume_source(
             "--budget measures the source before it is converted: requant plan SOURCE --budget "
             f"{options.budget} --save-recipe FILE.toml, then --recipe FILE.toml with "
             "--consume-source"
+        )
+    if remote is not None and run.part is not None:
+        raise UsageError(
+            "--consume-source with --part is for a folder: what a part downloads from the hub goes "
+            "to the cache of its machine; HF_HOME names another place for it"
         )
     if remote is None and not run.yes:
         raise UsageError(

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from requant.api.budget_parts import choose_in_parts
 from requant.api.convert import start_source
 from requant.api.parts import read_join_command
-from requant.api.runs import convert_whole, report_of
+from requant.api.runs import convert_rest, report_of
 from requant.core.types import Source
 from requant.errors import CheckpointError, OutputError, error_action
 from requant.execution.executor import Progress
-from requant.output.part_journals import command_file, read_budget, read_command
+from requant.output.part_journals import command_file, read_budget, read_command, unchecked_parts
 from requant.output.record import read_record
 from requant.output.staging import StagingFolder
 from requant.planning.layout_selection import vision_part
@@ -89,9 +89,10 @@ def join(
             f"{folder}: there are no parts to join in {staging.path}; run requant convert SOURCE "
             f"{shlex.quote(str(folder))} --part 1/2 and 2/2 first"
         )
-    recorded, revision, options, replaces = read_join_command(command, staging.path)
+    recorded, revision, options, replaces, consume = read_join_command(command, staging.path)
     run = RunOptions.from_arguments(
         force=force or replaces,
+        consume_source=consume > 0,
         threads=threads,
         max_memory=max_memory,
         verify_load=verify_load,
@@ -104,7 +105,8 @@ def join(
         opened = start_source(named, remote, folder, options, run, joins=True)
         if options.budget is not None:
             options = choose_in_parts(opened, folder, options, run, command)
-        planned, result = convert_whole(opened, folder, options, run)
+        is_checked = not unchecked_parts(staging.parts, consume)
+        planned, result = convert_rest(opened, folder, options, run, is_checked=is_checked)
     except OutputError:
         if not _is_complete(folder, command.get("plan", "")):
             raise  # no other process has joined the parts meanwhile

@@ -42,8 +42,8 @@ def check_part(options: ConvertOptions, run: RunOptions) -> None:
             "give --gptq --imatrix stats.safetensors to every part",
         ),
         "--consume-source": (
-            run.consume_source,
-            "other parts still read the source; delete it after `requant join`",
+            run.consume_source and run.part is None,
+            "give it to parts that you start, with --part",
         ),
         "--allow-nonfinite": (
             run.allow_nonfinite,
@@ -85,6 +85,7 @@ def join_command(
         "revision": None if remote is None else remote.commit,
         "options": with_absolute_paths(options).to_dict(),
         "force": run.force,
+        "consume": run.part.count if run.part is not None and run.consume_source else None,
     }
 
 
@@ -108,6 +109,7 @@ class JoinCommand(NamedTuple):
     revision: str | None
     options: ConvertOptions
     force: bool
+    consume: int  # how many parts delete the source; 0 if none does
 
 
 def read_join_command(command: Mapping[str, Any], staging: Path) -> JoinCommand:
@@ -122,7 +124,8 @@ def read_join_command(command: Mapping[str, Any], staging: Path) -> JoinCommand:
         isinstance(source, str)
         and isinstance(options, Mapping)
         and isinstance(revision, str | None)
+        and isinstance(command.get("consume"), int | None)
     ):
         raise ParseError(f"{staging / 'parts' / 'command'} is not what requant wrote there")
-    force = bool(command.get("force"))
-    return JoinCommand(source, revision, ConvertOptions.from_dict(options), force)
+    force, consume = bool(command.get("force")), command.get("consume") or 0
+    return JoinCommand(source, revision, ConvertOptions.from_dict(options), force, consume)

@@ -23,11 +23,13 @@ from requant.execution.sink import NullSink
 from requant.libraries.load_check import LoadCheck, check_load
 from requant.output.folder import OutputFolder
 from requant.output.part_folder import PartFolder
-from requant.output.staging import StagingLockedError
+from requant.output.part_journals import mark_checked, unchecked_parts
+from requant.output.staging import StagingLockedError, header_stubs_dir
 from requant.planning.layout_selection import vision_part
-from requant.planning.parts import part_of
+from requant.planning.parts import check_whole_files, part_of
 from requant.planning.plan import Plan
 from requant.planning.planner import Planned, plan_with_source
+from requant.planning.release_order import subplan
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.part import Part
 from requant.reports.report import Report, layer_errors, rounding_errors
@@ -114,6 +116,56 @@ def _when_unlocked(work: Callable[[], Attempt]) -> Attempt:
         time.sleep(0.5)
 
 
+class PartlyCheckedError(Exception):
+    """A part was computed without errors, others were not yet; no file is deleted until then."""
+
+    def __init__(self, plan: Plan, unchecked: int) -> None:
+        super().__init__(f"{unchecked} parts are not checked yet")
+        self.plan, self.unchecked = plan, unchecked  # how many parts
+
+
+def _check_in_parts(
+    planned: Planned, part: PartFolder, options: ConvertOptions, run: RunOptions
+) -> None:
+    """Compute a part once before a file of the source is deleted; all parts have to be."""
+    plan = planned.plan
+    check_whole_files(plan, part.part)
+    part.begin()
+    parts, count = part.staging.parts, part.part.count
+    if part.part in unchecked_parts(parts, count):
+        of_part = subplan(plan, [plan.steps[number] for number in part.steps])
+        attempt = run_once(planned._replace(plan=of_part), NullSink(), options, run)
+        if attempt.problems:
+            raise CheckpointError(plan.source, list(attempt.problems))
+        mark_checked(parts, part.part)
+    if unchecked := len(unchecked_parts(parts, count)):
+        raise PartlyCheckedError(plan, unchecked)
+
+
+def _stubs_of(output: Path) -> Path | None:
+    """The headers of source files that were deleted; None before the first is."""
+    stubs = header_stubs_dir(output)
+    return stubs if stubs.is_dir() else None
+
+
+def convert_rest(
+    opened: Path | Checkpoint,
+    output: Path,
+    options: ConvertOptions,
+    run: RunOptions,
+    *,
+    is_checked: bool,
+) -> tuple[Planned, RunResult]:
+    """Run and publish what parts have not done, as ``convert_whole``.
+
+    Where the source is deleted, and not all parts were checked, everything is computed once before.
+    """
+    stubs = _stubs_of(output) if run.consume_source else None
+    if run.consume_source and not is_checked:
+        options = dry_run(opened, options, run)
+    return convert_whole(opened, output, options, run, stubs)
+
+
 def convert_part(
     opened: Path | Checkpoint,
     output: Path,
@@ -125,12 +177,25 @@ def convert_part(
 
     Raises:
         CheckpointError: Layers of the part hold NaN or Inf; the other parts are as they were.
+        PartlyCheckedError: The source is to be deleted, and other parts are to be checked before.
+        UsageError: It is, and a file of it belongs to several parts.
     """
     assert run.part is not None
-    planned = plan_with_source(opened_checkpoint(opened, options), options)
-    with PartFolder(
-        planned.plan, planned.source.opened, output, run.part, command, force=run.force
-    ) as sink:
+    consumes = run.consume_source
+    stubs = _stubs_of(output) if consumes else None
+    planned = plan_with_source(opened_checkpoint(opened, options, stubs), options)
+    part = PartFolder(
+        planned.plan,
+        planned.source.opened,
+        output,
+        run.part,
+        command,
+        force=run.force,
+        consume=consumes,
+    )
+    if consumes:
+        _check_in_parts(planned, part, options, run)
+    with part as sink:
         attempt = run_once(planned, sink, options, run)
         if attempt.problems:
             raise CheckpointError(planned.plan.source, list(attempt.problems))

@@ -20,7 +20,12 @@ from requant.errors import InvariantError, OutputError
 from requant.execution.completed_work import CompletedWork
 from requant.output.journal import Journal, read_journal
 from requant.output.journaled_sink import JournaledSink
-from requant.output.part_journals import add_run, read_command, read_part_journals
+from requant.output.part_journals import (
+    add_run,
+    files_deleted_by_parts,
+    read_command,
+    read_part_journals,
+)
 from requant.output.preflight import check_output
 from requant.output.progress import JournaledProgress
 from requant.output.record import build_record, encode_json, version
@@ -100,7 +105,8 @@ class OutputFolder(JournaledSink):
         before, done = read_journal(self.staging.journal)
         if not before and (command := read_command(self.staging.parts)) is not None:
             before = {**head, **{key: command.get(key) for key in ("requant", "plan")}}
-        deleted = done.deleted_sources
+        by_parts = files_deleted_by_parts(self.staging.parts)
+        deleted = list(dict.fromkeys((*done.deleted_sources, *by_parts)))
         if deleted and not (self.resume and self._removal):
             raise OutputError(
                 f"{self.output}: {pluralize_are(len(deleted), 'source file')} deleted already, and "
@@ -108,8 +114,8 @@ class OutputFolder(JournaledSink):
                 "resume with --consume-source --yes"
             )
         if before and self.resume:
-            for name in deleted:
-                head["sources"].setdefault(name, before["sources"].get(name))
+            for name in before["sources"].keys() & {*deleted}:
+                head["sources"].setdefault(name, before["sources"][name])
             changed = describe_change(before, head)
             if changed:
                 raise OutputError(
@@ -243,7 +249,8 @@ class OutputFolder(JournaledSink):
     def _has_only_copy(self) -> bool:
         """Whether the data of deleted source files is in the hidden folder, and nowhere else."""
         if self._journal is None:
-            return bool(read_journal(self.staging.journal)[1].deleted_sources)
+            deleted = read_journal(self.staging.journal)[1].deleted_sources
+            return bool(deleted or files_deleted_by_parts(self.staging.parts))
         return bool(self._journal.state.deleted_sources) and self.staging.staged_output.exists()
 
 

@@ -26,6 +26,7 @@ from requant.output.part_journals import (
 from requant.output.preflight import check_output
 from requant.output.progress import JournaledProgress
 from requant.output.shard_files import write_error
+from requant.output.source_removal import SourceRemoval
 from requant.output.staging import bytes_on_disk
 from requant.planning.parts import steps_of_part
 from requant.planning.plan import Plan
@@ -37,6 +38,8 @@ class PartFolder(JournaledSink):
 
     ``command`` is what ``join`` repeats the plan from. What earlier runs of the part have done is
     not done again; a run that stops keeps what it did. ``force`` allows an output that exists.
+    ``consume`` deletes source files that belong to the part, once all made from them is durable;
+    all parts must have been checked before.
     """
 
     def __init__(
@@ -47,10 +50,12 @@ class PartFolder(JournaledSink):
         part: Part,
         command: Mapping[str, Any],
         force: bool = False,
+        consume: bool = False,
     ) -> None:
         super().__init__(plan, source, output, force)
         self.part = part
-        self.steps = steps_of_part(plan, part)
+        self.steps = steps_of_part(plan, part, whole_files=consume)
+        self._consume = consume
         self._command = dict(command)
 
     def __enter__(self) -> Self:
@@ -90,7 +95,14 @@ class PartFolder(JournaledSink):
         budget = read_budget(self.staging.parts)
         if budget is not None and not follows(command, budget):
             self._check_same({**head, "plan": None}, head)
-        self._check_same(agree_on_command(self.staging.parts, command), head)
+        agreed = agree_on_command(self.staging.parts, command)
+        self._check_same(agreed, head)
+        if agreed.get("consume") != command.get("consume"):
+            raise OutputError(
+                f"{self.output}: with --consume-source every part has it, and the same count: "
+                f"{agreed.get('consume') or 'none'} in the parts that were begun, here "
+                f"{command.get('consume') or 'none'}"
+            )
         return head, done_before
 
     def _open(self, head: dict[str, Any], done_before: CompletedWork) -> None:
@@ -101,7 +113,15 @@ class PartFolder(JournaledSink):
         add_run(done, done_before, steps)
         path = new_journal_path(self.staging.parts, self.part)
         self._journal = Journal(path, head, done, self._sync)
-        self._progress = JournaledProgress(self.plan, self._journal, self._files, steps=self.steps)
+        removal = None
+        if self._consume:
+            stubs = self.staging.header_stubs
+            removal = SourceRemoval(self.plan, self.source, stubs, self.steps)
+        self._progress = JournaledProgress(
+            self.plan, self._journal, self._files, removal, self.steps
+        )
+        if removal is not None:
+            removal.start(self._journal)
 
     def _check_same(self, before: Mapping[str, Any], head: Mapping[str, Any]) -> None:
         """Check that what another process began in the folder is the same conversion."""

@@ -1,6 +1,7 @@
 """What the parts of an output have in common: one command, and a journal for each run of a part.
 
     parts/command           what every part was made from; the first part writes it
+    parts/checked.3-of-8    with --consume-source: part 3 was computed once, without errors
     parts/budget            with --budget: what was asked for before the bits were chosen
     parts/measured.3-of-8.… with --budget: what one run of part 3 has measured
     parts/3-of-8.1f6c02ab   the journal of one run of part 3; a part that ran twice has two
@@ -14,19 +15,19 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from requant.core.files import fsync
+from requant.core.files import fsync, replace_file
 from requant.errors import OutputError
 from requant.execution.completed_work import CompletedWork
 from requant.output.journal import boot_id, read_journal
 from requant.quantization.part import Part
 
-_COMMAND, _BUDGET = "command", "budget"
+_COMMAND, _BUDGET, _CHECKED = "command", "budget", "checked"
 
 
 def agree_on_command(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,10 +128,9 @@ def read_part_journals(
     """
     done = CompletedWork()
     finished, started = set(), set()
-    for path in sorted(parts.glob("*-of-*.*")) if parts.is_dir() else ():
+    for path in _journals(parts):
         part = _part_of(path)
-        if part is None:
-            continue
+        assert part is not None
         before, found = read_journal(path)
         if not before:
             continue  # killed before its first line
@@ -140,6 +140,31 @@ def read_part_journals(
             finished.add(part)
         add_run(done, found, steps)
     return PartJournals(done, frozenset(finished), frozenset(started))
+
+
+def files_deleted_by_parts(parts: Path) -> list[str]:
+    """The source files that parts have deleted, or are about to."""
+    found = [read_journal(path)[1] for path in _journals(parts)]
+    return sorted({name for done in found for name in done.deleted_sources})
+
+
+def mark_checked(parts: Path, part: Part) -> None:
+    """Note, durably, that a part was computed once and holds no errors: files may be deleted."""
+    with replace_file(parts / f"{_CHECKED}.{part.number}-of-{part.count}", secrets.token_hex(4)):
+        pass
+    fsync(parts)
+
+
+def unchecked_parts(parts: Path, count: int) -> list[Part]:
+    """The parts that were not computed yet."""
+    every = (Part(number, count) for number in range(1, count + 1))
+    return [x for x in every if not (parts / f"{_CHECKED}.{x.number}-of-{count}").exists()]
+
+
+def _journals(parts: Path) -> Iterator[Path]:
+    for path in sorted(parts.glob("*-of-*.*")) if parts.is_dir() else ():
+        if _part_of(path) is not None:
+            yield path
 
 
 def _part_of(path: Path) -> Part | None:
@@ -158,7 +183,9 @@ def _check_head(path: Path, before: Mapping[str, Any], head: Mapping[str, Any]) 
         )
     # Another machine may have a copy of the source, with other times of change.
     is_here = before.get("boot") == boot_id()
-    if is_here and before.get("sources") != json.loads(json.dumps(head["sources"])):
+    old, new = before.get("sources", {}), json.loads(json.dumps(head["sources"]))
+    # Parts may have deleted files since; a file that is gone for another reason cannot be planned.
+    if is_here and any(old[name] != new[name] for name in old.keys() & new.keys()):
         raise OutputError(
             f"{path}: the source was changed after this part of the output was made; remove "
             f"{staging} to start over"
@@ -191,3 +218,4 @@ def add_run(
                 done.stats[step] = found.stats[step]
     for name, digest in found.hashes.items():
         done.hashes.setdefault(name, digest)
+    done.deleted_sources += [x for x in found.deleted_sources if x not in done.deleted_sources]

@@ -102,6 +102,8 @@ class Report:
             codes; measured in every 16th row.
         unmeasured: With a ``budget`` and a ``part``: layers that other parts have yet to measure.
             Until they have, nothing is converted; give the same command again then.
+        unchecked: With ``consume_source`` and a ``part``: parts that are yet to be computed once
+            before a file of the source is deleted; the same then.
     """
 
     plan: Plan
@@ -114,6 +116,7 @@ class Report:
     part: Part | None = None
     rounding: Mapping[str, float] = field(default_factory=dict)
     unmeasured: int = 0
+    unchecked: int = 0
 
     @staticmethod
     def build(plan: Plan, output: str, outcome: RunResult, elapsed_s: float) -> Report:
@@ -171,6 +174,7 @@ class Report:
             "notes": [note.text for note in plan.notes],
             "part": None if self.part is None else str(self.part),
             "unmeasured": self.unmeasured,
+            "unchecked": self.unchecked,
             "load": None if self.load is None else self.load.to_dict(),
         }
 
