@@ -60,7 +60,11 @@ def choose_in_parts(
     if (chosen := _chosen_before(staging, command)) is not None:
         return chosen
     keep = part_measurements_path(staging.parts, run.part or Part(1, 1))
-    spread = None if ray is None else partial(_measure_on, ray, options, run, command, output)
+    spread = (
+        None
+        if ray is None
+        else partial(_measure_on, ray, options, run, command=command, output=output)
+    )
     with _locked_by(staging) as lock:
 
         def begin(first: Plan) -> None:
@@ -104,10 +108,11 @@ def _measure_on(
     ray: Any,
     options: ConvertOptions,
     run: RunOptions,
-    command: Command,
-    output: Path,
     trials: TrialRun,
     kept: MeasuredErrors,
+    *,
+    command: Command,
+    output: Path,
     key: str,
 ) -> None:
     """Have the tasks of a cluster measure what the parts have not."""

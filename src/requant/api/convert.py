@@ -158,7 +158,7 @@ def convert(
     opened = start_source(source, remote, folder, options, run)
     command_of = partial(join_command, source, remote, run=run)
     if run.part is not None:
-        return _run_part(opened, folder, options, run, command_of, began)
+        return _run_part(opened, folder, options, run, command_of, began=began)
     if run.engine is not None:
         planned, result = _run_on_cluster(opened, folder, options, run, command_of)
     else:
@@ -208,6 +208,7 @@ def _run_part(
     options: ConvertOptions,
     run: RunOptions,
     command_of: Callable[[ConvertOptions], Command],
+    *,
     began: float,
 ) -> Report:
     """Run one part. With a budget it measures first, and converts once all parts have measured."""
@@ -237,9 +238,10 @@ def _run_on_cluster(
     """Run all parts on a cluster; with a budget, they measure first."""
     with connected(run.address) as ray:
         if options.budget is not None:
-            options = choose_in_parts(opened, output, options, run, command_of(options), ray)
+            options = choose_in_parts(opened, output, options, run, command_of(options), ray=ray)
             write_recipe(run, options)
-        return convert_on_cluster(ray, opened, output, options, run, command_of(options))
+        command = command_of(options)
+        return convert_on_cluster(ray, opened, output, options, run, command=command)
 
 
 def calibration_cost(

@@ -82,7 +82,7 @@ def allocate_bits(
     key = _key(planned.plan, options)
     kept = MeasuredErrors(keep, key, parts)
     elsewhere = None if spread is None else partial(spread, key=key)
-    measured, options = measure(laid_out, planned, options, run, kept, elsewhere)
+    measured, options = measure(laid_out, planned, options, run, kept, spread=elsewhere)
     default = options.quantization or DEFAULT_TARGET
     recipe = _recipe(measured, budget, options, default)
     return replace(options, quantization=default, recipe=recipe)

@@ -417,7 +417,7 @@ class BlockSections:
         self._sums = SectionSums(folder.path, done, durable=task.part is not None)
 
     def of(self, inputs: Iterable[_T]) -> Iterator[_T]:
-        """The inputs of the windows; between two sections the sums begin anew."""
+        """The inputs of the windows; sums begin at zero with each section."""
         windows, ends = self._task.windows, section_ends(self._task.inputs)
         for window, x in zip(windows, inputs, strict=True):
             if window in ends and window > windows.start:

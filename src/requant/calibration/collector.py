@@ -167,7 +167,7 @@ class Collector:
                 setattr(kind, name, original)
 
     def take(self) -> dict[str, Sums]:
-        """The sums so far; those that follow begin anew."""
+        """The sums so far; those that follow begin at zero."""
         sums, self.sums = self.sums, {}
         return sums
 
