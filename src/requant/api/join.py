@@ -107,7 +107,7 @@ def join(
             options = choose_in_parts(opened, folder, options, run, command)
         is_checked = not unchecked_parts(staging.parts, consume)
         planned, result = convert_rest(opened, folder, options, run, is_checked=is_checked)
-    except OutputError:
+    except (CheckpointError, OutputError):  # with --consume-source the source is gone then
         if not _is_complete(folder, command.get("plan", "")):
             raise  # no other process has joined the parts meanwhile
         return None

@@ -142,6 +142,23 @@ def _check_in_parts(
         raise PartlyCheckedError(plan, unchecked)
 
 
+def _plan_of_part(
+    opened: Path | Checkpoint, output: Path, options: ConvertOptions, run: RunOptions
+) -> Planned:
+    """Plan a part, of whose source other parts may delete files meanwhile."""
+
+    def plan() -> Planned:
+        stubs = _stubs_of(output) if run.consume_source else None
+        return plan_with_source(opened_checkpoint(opened, options, stubs), options)
+
+    try:
+        return plan()
+    except CheckpointError:
+        if not run.consume_source or _stubs_of(output) is None:
+            raise
+    return plan()
+
+
 def _stubs_of(output: Path) -> Path | None:
     """The headers of source files that were deleted; None before the first is."""
     stubs = header_stubs_dir(output)
@@ -182,8 +199,7 @@ def convert_part(
     """
     assert run.part is not None
     consumes = run.consume_source
-    stubs = _stubs_of(output) if consumes else None
-    planned = plan_with_source(opened_checkpoint(opened, options, stubs), options)
+    planned = _plan_of_part(opened, output, options, run)
     part = PartFolder(
         planned.plan,
         planned.source.opened,

@@ -17,7 +17,7 @@ from requant.checkpoints.byte_ranges import FileRange
 from requant.checkpoints.checkpoint import COMPARED, OpenedSource, SourceFile
 from requant.checkpoints.safetensors_header import PREFIX_BYTES
 from requant.core.files import fsync, replace_file
-from requant.errors import OutputError
+from requant.errors import CheckpointError, OutputError
 from requant.output.journal import Journal
 from requant.planning.plan import Plan
 from requant.planning.release_order import ReleaseOrder, plan_release_order
@@ -107,19 +107,27 @@ def write_header_stubs(source: OpenedSource, files: Sequence[SourceFile], folder
         stub = folder / file.name
         if stub.exists():
             continue
-        stub.parent.mkdir(parents=True, exist_ok=True)
-        (length,) = struct.unpack("<Q", source.read_range(FileRange(file.name, 0, PREFIX_BYTES)))
-        header = FileRange(file.name, 0, PREFIX_BYTES + length)
-        with replace_file(stub, secrets.token_hex(4)) as new:
-            new.truncate(file.nbytes)
-            for part in (header, *source.small_tensor_ranges()):
-                if part.file == file.name:
-                    new.seek(part.offset)
-                    new.write(source.read_range(part))
-        fsync(stub.parent)
+        try:
+            _write_header_stub(source, file, stub)
+        except CheckpointError:
+            if not stub.exists():  # else another part has written it, and deleted the file
+                raise
     with replace_file(folder / COMPARED, secrets.token_hex(4)) as new:
         new.write(json.dumps(source.compared).encode())
     fsync(folder)
+
+
+def _write_header_stub(source: OpenedSource, file: SourceFile, stub: Path) -> None:
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    (length,) = struct.unpack("<Q", source.read_range(FileRange(file.name, 0, PREFIX_BYTES)))
+    header = FileRange(file.name, 0, PREFIX_BYTES + length)
+    with replace_file(stub, secrets.token_hex(4)) as new:
+        new.truncate(file.nbytes)
+        for part in (header, *source.small_tensor_ranges()):
+            if part.file == file.name:
+                new.seek(part.offset)
+                new.write(source.read_range(part))
+    fsync(stub.parent)
 
 
 def delete_source(path: Path) -> None:
