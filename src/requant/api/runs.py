@@ -177,10 +177,19 @@ def convert_rest(
 
     Where the source is deleted, and not all parts were checked, everything is computed once before.
     """
-    stubs = _stubs_of(output) if run.consume_source else None
-    if run.consume_source and not is_checked:
-        options = dry_run(opened, options, run)
-    return convert_whole(opened, output, options, run, stubs)
+    if not run.consume_source:
+        return convert_whole(opened, output, options, run)
+    stubs = _stubs_of(output)  # they are written when all was checked
+    try:
+        if stubs is None and not is_checked:
+            options = dry_run(opened, options, run)
+        return convert_whole(opened, output, options, run, stubs)
+    except CheckpointError:
+        found = _stubs_of(output)
+        if stubs is not None or found is None:
+            raise
+    # Another process has begun to delete files meanwhile.
+    return convert_whole(opened, output, options, run, found)
 
 
 def convert_part(
