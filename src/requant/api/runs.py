@@ -131,6 +131,10 @@ def _check_in_parts(
     plan = planned.plan
     check_whole_files(plan, part.part)
     part.begin()
+    if (
+        part.staging.header_stubs.is_dir()
+    ):  # a part, or a join, deletes files: all was computed once
+        return
     parts, count = part.staging.parts, part.part.count
     if part.part in unchecked_parts(parts, count):
         of_part = subplan(plan, [plan.steps[number] for number in part.steps])
