@@ -80,7 +80,7 @@ class SectionSums:
         sums, self._held = self._held, None
         assert sums is not None, "nothing was added"
         self._runs.pop()
-        while self._runs:  # where the last sections are no whole subtree
+        while self._runs:  # where the last sections are less than a subtree
             self._add_saved(self._runs.pop(), sums)
         return sums
 
