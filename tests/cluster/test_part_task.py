@@ -13,9 +13,10 @@ import pytest
 from pytest import MonkeyPatch
 
 import requant
+from requant.api import budget_parts, runs
 from requant.api import convert as conversion
 from requant.cluster import part_task
-from requant.cluster.part_task import Job, PartOutcome, run_part
+from requant.cluster.part_task import Job, MeasureJob, PartOutcome, measure_part, run_part
 from requant.cluster.ray_engine import Shape, shape_of
 from requant.errors import CheckpointError, ClusterError, UsageError
 from requant.output.staging import staging_dir
@@ -44,8 +45,8 @@ def ran(monkeypatch: MonkeyPatch) -> Ran:
         if problems := [x for outcome in outcomes for x in outcome.problems]:
             raise CheckpointError(job.source, problems)
 
-    monkeypatch.setattr(conversion, "connected", lambda address: nullcontext())
-    monkeypatch.setattr(conversion, "run_on_ray", run)
+    monkeypatch.setattr(conversion, "connected", lambda address: nullcontext("ray"))
+    monkeypatch.setattr(runs, "run_on_ray", run)
     return jobs
 
 
@@ -84,13 +85,13 @@ def test_the_join_does_nothing_again(tmp_path: Path, ran: Ran, monkeypatch: Monk
     def no_write(*_: object) -> None:
         raise AssertionError("written twice")
 
-    publish = conversion._run_and_publish
+    publish = runs.run_and_publish
 
     def join(*given: Any) -> Any:
         monkeypatch.setattr("requant.output.shard_files.ShardFiles.write", no_write)
         return publish(*given)
 
-    monkeypatch.setattr(conversion, "_run_and_publish", join)
+    monkeypatch.setattr(runs, "run_and_publish", join)
     requant.convert(MICRO_LLAMA, tmp_path / "out", **KEEP_4_BITS, engine="ray")
 
 
@@ -106,6 +107,29 @@ def test_nonfinite_values_of_all_parts_are_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cluster_measures_for_a_budget(
+    tmp_path: Path, ran: Ran, monkeypatch: MonkeyPatch
+) -> None:
+    """Tasks measure, each with its own trials; the bits are chosen once."""
+    options: dict[str, Any] = {"budget": 4.5, "layout": "keep"}
+    requant.convert(MICRO_LLAMA, tmp_path / "one", **options)
+    measured: list[set[str]] = []
+
+    def measure(ray: object, job: MeasureJob, trials: Any, kept: Any, progress: object) -> None:
+        for part in (Part(2, 2), Part(1, 2)):
+            share = pickle.loads(pickle.dumps(trials.trials(trials.layers_of_part(part))))
+            outcome = measure_part(pickle.loads(pickle.dumps(job)), part, share)
+            assert not outcome.failure
+            assert outcome.bytes_in == sum(trial.bytes_in for trial in share)
+            measured.append({trial.layer for trial in share})
+
+    monkeypatch.setattr(budget_parts, "measure_on_ray", measure)
+    requant.convert(MICRO_LLAMA, tmp_path / "out", **options, engine="ray")
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+    assert not measured[0] & measured[1]
+    assert all(measured)
+
+
 # -- what a machine of the cluster may lack ------------------------------------------------------
 
 
@@ -118,8 +142,8 @@ def job(tmp_path: Path, monkeypatch: MonkeyPatch) -> Job:
         jobs.append(job)
         raise ClusterError("stopped")
 
-    monkeypatch.setattr(conversion, "connected", lambda address: nullcontext())
-    monkeypatch.setattr(conversion, "run_on_ray", stop)
+    monkeypatch.setattr(conversion, "connected", lambda address: nullcontext("ray"))
+    monkeypatch.setattr(runs, "run_on_ray", stop)
     with pytest.raises(ClusterError, match="stopped"):
         requant.convert(MICRO_LLAMA, tmp_path / "out", **KEEP_4_BITS, engine="ray")
     return jobs[0]
@@ -172,7 +196,7 @@ def test_ray_is_not_installed(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
         ({"parts": 3}, "--parts is for a cluster"),
         ({"engine": "ray", "part": "1/2"}, "--part and --engine"),
         ({"engine": "ray", "parts": 0}, "expected 1 to 10,000"),
-        ({"engine": "ray", "budget": 4}, "--budget and --engine"),
+        ({"engine": "ray", "calibrate": True}, "--calibrate and --engine"),
     ],
 )
 def test_options_that_contradict_each_other(

@@ -15,7 +15,7 @@ from tests.support.checkpoints import MICRO_LLAMA, ROOT, tree
 PAGE = (ROOT / "docs" / "how-to" / "several-machines.md").read_text()
 BLOCKS = {
     title: re.findall(r"^```(?:bash|yaml)\n(.*?)^```", text, re.M | re.S)
-    for title, text in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    for title, text in re.findall(r"^## ([\w ]+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
 }
 # A job array whose tasks run one after another, in another order than their numbers.
 SBATCH = """#!/bin/bash
@@ -73,6 +73,26 @@ def test_slurm(env: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "parts.sh").write_text(script)
     run(submission, env, tmp_path)
     check(tmp_path, search="best")
+
+
+def test_slurm_with_a_budget(env: dict[str, str], tmp_path: Path) -> None:
+    """The array is submitted twice: parts measure, then they convert."""
+    script, _ = BLOCKS["SLURM"]
+    (submission,) = BLOCKS["A budget"]
+    (tmp_path / "budget.sh").write_text(script.replace("--bits 4 --search best", "--budget 4.5"))
+    run(submission, env, tmp_path)
+    requant.convert(MICRO_LLAMA, tmp_path / "one", budget=4.5)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def test_statistics(env: dict[str, str], tmp_path: Path) -> None:
+    (script,) = BLOCKS["Statistics and GPTQ"]
+    statistics = tmp_path / "stats.safetensors"
+    run(script, {**env, "STATISTICS": str(statistics)}, tmp_path)
+    requant.calibrate(MICRO_LLAMA, tmp_path / "one.safetensors", hessian=True)
+    assert statistics.read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+    requant.convert(MICRO_LLAMA, tmp_path / "one", bits=3, gptq=True, statistics=statistics)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
 
 
 def test_kubernetes(env: dict[str, str], tmp_path: Path) -> None:

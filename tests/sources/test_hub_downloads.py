@@ -244,6 +244,25 @@ def test_numbers_that_are_none_are_rejected(
     ok(call("verify", NAME, "out"))
 
 
+# -- parts ---------------------------------------------------------------------------------
+def test_a_machine_downloads_the_files_of_its_part(
+    hub: Hub,
+    call: Call,  # noqa: F811
+    tmp_path: Path,
+    expected: dict[str, bytes],
+) -> None:
+    """Each with a cache of its own; the join downloads nothing."""
+    for number in (3, 1, 2):
+        home = str(tmp_path / f"hf-{number}")
+        ok(call("convert", NAME, "out", *OPTIONS, "--part", f"{number}/3", "--quiet", HF_HOME=home))
+        there = {x.name for x in Path(home).rglob("snapshots/*/*.safetensors")}
+        assert there == {*SHARDS[2 * number - 2 : 2 * number]}
+    sent = hub.sent
+    ok(call("join", "out", "--quiet"))
+    assert hub.sent - sent < len(FILES[SHARDS[0]])
+    assert without_record(tmp_path / "out") == expected
+
+
 # -- what goes wrong -----------------------------------------------------------------------
 @either_way
 def test_the_network_fails_on_the_way(

@@ -6,34 +6,36 @@ a package of its own.
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
-from requant.api.parts import check_part, join_command, with_absolute_paths
+from requant.api.budget_parts import choose_in_parts
+from requant.api.parts import Command, check_part, join_command
+from requant.api.runs import (
+    PartlyCheckedError,
+    convert_on_cluster,
+    convert_part,
+    convert_whole,
+    dry_run,
+    report_of,
+)
 from requant.bit_allocation.choose import allocate_bits
 from requant.bit_allocation.measure import without_budget
-from requant.bit_allocation.measurements import measurements_path
+from requant.bit_allocation.measurements import PartlyMeasuredError, measurements_path
 from requant.checkpoints.checkpoint import Checkpoint
 from requant.checkpoints.folder_files import is_gguf
-from requant.cluster.part_task import Job
-from requant.cluster.ray_engine import connected, run_on_ray
+from requant.cluster.ray_engine import connected
 from requant.core.reasons import Note, NoteCode
 from requant.core.types import Source
-from requant.errors import CheckpointError, OutputError, UsageError
+from requant.errors import OutputError, UsageError
 from requant.execution.layer_stats import RunResult
-from requant.execution.runner import Attempt, options_for_retry, run_once
-from requant.execution.sink import NullSink
-from requant.libraries.load_check import LoadCheck, check_load
-from requant.output.folder import OutputFolder
-from requant.output.part_folder import PartFolder
 from requant.output.preflight import check_output
-from requant.output.record import version
 from requant.output.staging import (
-    StagingLockedError,
+    StagingFolder,
     bytes_on_disk,
     downloads_dir,
     header_stubs_dir,
@@ -42,16 +44,15 @@ from requant.output.staging import (
     staging_dir,
 )
 from requant.planning.layout_selection import vision_part
-from requant.planning.parts import part_of
+from requant.planning.parts import part_of, steps_of_part
 from requant.planning.plan import Plan
-from requant.planning.planner import Planned, make_plan, plan_with_source
-from requant.planning.release_order import peak_disk_bytes
+from requant.planning.planner import Planned, make_plan
+from requant.planning.release_order import peak_disk_bytes, subplan
 from requant.quantization.config import Quantization
 from requant.quantization.option_signatures import read_arguments, takes_options
 from requant.quantization.options import ConvertOptions, RunOptions
-from requant.quantization.part import Part
 from requant.quantization.recipe_files import to_toml
-from requant.reports.report import Report, layer_errors, rounding_errors
+from requant.reports.report import Report
 from requant.sources.hub_repository import Repository, find_repository, open_source, read_source
 from requant.sources.open import as_checkpoint
 from requant.text import os_error_text
@@ -59,8 +60,6 @@ from requant.text import os_error_text
 if TYPE_CHECKING:
     from requant.calibration.cost import CalibrationCost
     from requant.execution.option_keywords import ConvertKeywords, PlanKeywords
-
-_LOCK_WAIT_S = 60.0
 
 
 @takes_options("plan")
@@ -157,29 +156,13 @@ def convert(
     if options.calibrate is not None:
         options = _with_statistics(source, folder, remote, options, run)
     opened = start_source(source, remote, folder, options, run)
-    if options.budget is not None:
-        keep = measurements_path(folder) if run.resume else None
-        options = allocate_bits(
-            opened, options, run, lambda first: check_output(first, folder, run.force), keep
-        )
-        write_recipe(run, options)
-    # Before the first file of a local source is deleted, everything is computed once.
-    stubs = header_stubs_dir(folder) if run.consume_source and remote is None else None
-    if stubs is not None and not stubs.is_dir():
-        stubs = None
-        options = _dry_run(opened, options, run)
-    elif run.allow_nonfinite and run.resume:
-        options = replace(options, nonfinite_layers=frozenset(recorded_nonfinite_layers(folder)))
-
+    command_of = partial(join_command, source, remote, run=run)
     if run.part is not None:
-        command = join_command(source, remote, options, run)
-        planned, result = convert_part(opened, folder, options, run, command)
-    elif run.engine is not None:
-        command = join_command(source, remote, options, run)
-        planned, result = convert_on_cluster(opened, folder, options, run, command)
+        return _run_part(opened, folder, options, run, command_of, began=began)
+    if run.engine is not None:
+        planned, result = _run_on_cluster(opened, folder, options, run, command_of)
     else:
-        planned, result = convert_whole(opened, folder, options, run, stubs)
-
+        planned, result = _run_whole(opened, folder, options, run, is_local=remote is None)
     if options.budget is not None:
         measurements_path(folder).unlink(missing_ok=True)
     if options.calibrate is not None:
@@ -189,130 +172,76 @@ def convert(
     return report_of(planned, folder, result, began, run)
 
 
-def convert_whole(
+def _run_whole(
     opened: Path | Checkpoint,
     output: Path,
     options: ConvertOptions,
     run: RunOptions,
-    stubs: Path | None = None,
+    *,
+    is_local: bool,
 ) -> tuple[Planned, RunResult]:
-    """Plan, run and publish; again without the layers that hold NaN or Inf, if that is allowed."""
-    while True:
-        planned = plan_with_source(_checkpoint(opened, options, stubs), options)
-        attempt = _run_and_publish(planned, output, options, run)
-        if not attempt.problems:
-            return planned, attempt.result
-        options = options_for_retry(planned.plan, attempt, options, run)
-
-
-def _run_and_publish(
-    planned: Planned, output: Path, options: ConvertOptions, run: RunOptions
-) -> Attempt:
-    """Run what of a plan is not done and publish the output; with problems, nothing is kept."""
-    with OutputFolder(
-        planned.plan,
-        planned.source.opened,
-        output,
-        run.force,
-        resume=run.resume,
-        options=options.to_dict(),
-        consume=run.consume_source,
-    ) as sink:
-        attempt = run_once(planned, sink, options, run)
-        if not attempt.problems:
-            measured = (planned.plan, attempt.result)
-            errors = {
-                layer: (error.relative_rms, error.max_steps)
-                for layer, error in layer_errors(*measured).items()
-            }
-            sink.publish(errors, rounding_errors(*measured))
-    # Left without an error and unpublished, the folder has deleted its staging files.
-    return attempt
-
-
-def convert_on_cluster(
-    opened: Path | Checkpoint,
-    output: Path,
-    options: ConvertOptions,
-    run: RunOptions,
-    command: Mapping[str, Any],
-) -> tuple[Planned, RunResult]:
-    """Plan once, run the parts on a cluster, and join them.
-
-    Raises:
-        ClusterError: The cluster cannot be reached, or a part failed; the same command resumes.
-        CheckpointError: Layers hold NaN or Inf.
-    """
-    options = with_absolute_paths(options)
-    with connected(run.address) as ray:
-        planned = plan_with_source(_checkpoint(opened, options), options)
-        plan = planned.plan
-        opened_source = planned.source.opened
-        PartFolder(plan, opened_source, output, Part(1, 1), command, force=run.force).begin()
-        job = Job(
-            plan=plan,
-            plan_hash=plan.hash,
-            source=command["source"],
-            revision=command["revision"],
-            output=str(output.absolute()),
-            options=options,
-            run=replace(run, progress=None),
-            command=command,
-            requant=version(),
+    """Run all of a conversion in this process."""
+    if options.budget is not None:
+        keep = measurements_path(output) if run.resume else None
+        options = allocate_bits(
+            opened,
+            options,
+            run,
+            lambda first: check_output(first, output, run.force),
+            keep,
+            parts=StagingFolder(output).parts if run.resume else None,
         )
-        run_on_ray(ray, job, run.parts, run.progress)
-    attempt = _when_unlocked(lambda: _run_and_publish(planned, output, options, run))
-    if attempt.problems:
-        raise CheckpointError(planned.plan.source, list(attempt.problems))
-    return planned, attempt.result
+        write_recipe(run, options)
+    # Before the first file of a local source is deleted, everything is computed once.
+    stubs = header_stubs_dir(output) if run.consume_source and is_local else None
+    if stubs is not None and not stubs.is_dir():
+        stubs = None
+        options = dry_run(opened, options, run)
+    elif run.allow_nonfinite and run.resume:
+        options = replace(options, nonfinite_layers=frozenset(recorded_nonfinite_layers(output)))
+    return convert_whole(opened, output, options, run, stubs)
 
 
-def _when_unlocked(work: Callable[[], Attempt]) -> Attempt:
-    """Do ``work`` once no part holds the lock: one whose machine was lost may hold it a while."""
-    deadline = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            return work()
-        except StagingLockedError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.5)
-
-
-def convert_part(
+def _run_part(
     opened: Path | Checkpoint,
     output: Path,
     options: ConvertOptions,
     run: RunOptions,
-    command: Mapping[str, Any],
-) -> tuple[Planned, RunResult]:
-    """Plan and run one part; returns the part of the plan.
-
-    Raises:
-        CheckpointError: Layers of the part hold NaN or Inf; the other parts are as they were.
-    """
-    assert run.part is not None
-    planned = plan_with_source(_checkpoint(opened, options), options)
-    with PartFolder(
-        planned.plan, planned.source.opened, output, run.part, command, force=run.force
-    ) as sink:
-        attempt = run_once(planned, sink, options, run)
-        if attempt.problems:
-            raise CheckpointError(planned.plan.source, list(attempt.problems))
-        sink.finish()
-    return planned._replace(plan=part_of(planned.plan, sink.steps)), attempt.result
-
-
-def report_of(
-    planned: Planned, output: Path, result: RunResult, began: float, run: RunOptions
+    command_of: Callable[[ConvertOptions], Command],
+    *,
+    began: float,
 ) -> Report:
-    """The report of a run that ``began`` at a time of ``perf_counter``."""
-    report = Report.build(planned.plan, str(output), result, time.perf_counter() - began)
-    if run.part is not None:
-        return replace(report, part=run.part)
-    if run.verify_load:
-        report = replace(report, load=_load_output(output, planned.plan))
-    return report
+    """Run one part. With a budget it measures first, and converts once all parts have measured."""
+    if options.budget is not None:
+        try:
+            options = choose_in_parts(opened, output, options, run, command_of(options))
+        except PartlyMeasuredError as found:
+            spent_s, nothing = time.perf_counter() - began, part_of(found.plan, ())
+            report = Report.build(nothing, str(output), RunResult(), spent_s)
+            return replace(report, part=run.part, unmeasured=found.unmeasured)
+    try:
+        planned, result = convert_part(opened, output, options, run, command_of(options))
+    except PartlyCheckedError as found:
+        spent_s, nothing = time.perf_counter() - began, part_of(found.plan, ())
+        report = Report.build(nothing, str(output), RunResult(), spent_s)
+        return replace(report, part=run.part, unchecked=found.unchecked)
+    return report_of(planned, output, result, began, run)
+
+
+def _run_on_cluster(
+    opened: Path | Checkpoint,
+    output: Path,
+    options: ConvertOptions,
+    run: RunOptions,
+    command_of: Callable[[ConvertOptions], Command],
+) -> tuple[Planned, RunResult]:
+    """Run all parts on a cluster; with a budget, they measure first."""
+    with connected(run.address) as ray:
+        if options.budget is not None:
+            options = choose_in_parts(opened, output, options, run, command_of(options), ray=ray)
+            write_recipe(run, options)
+        command = command_of(options)
+        return convert_on_cluster(ray, opened, output, options, run, command=command)
 
 
 def calibration_cost(
@@ -381,23 +310,6 @@ def _with_statistics(
     return replace(options, statistics=str(statistics))
 
 
-def _load_output(output: Path, plan: Plan) -> LoadCheck:
-    """Load a published output with its library.
-
-    Raises:
-        CheckpointError: It does not load, or gives values that are not finite.
-    """
-    check = check_load(output, plan.layout)
-    if not check.ok:
-        error = CheckpointError(str(output), check.problems, "loaded")
-        error.add_note(
-            f"{output} is complete and stays; requant verify {shlex.quote(str(output))} --load "
-            "repeats the check, and --force replaces the folder by another conversion"
-        )
-        raise error
-    return check
-
-
 def write_recipe(run: RunOptions, options: ConvertOptions) -> None:
     """Write the recipe that a budget chose to the file of ``save_recipe``."""
     if run.save_recipe is None or options.recipe is None:
@@ -430,6 +342,11 @@ def _check_consume_source(
             f"{options.budget} --save-recipe FILE.toml, then --recipe FILE.toml with "
             "--consume-source"
         )
+    if remote is not None and run.part is not None:
+        raise UsageError(
+            "--consume-source with --part is for a folder: what a part downloads from the hub goes "
+            "to the cache of its machine; HF_HOME names another place for it"
+        )
     if remote is None and not run.yes:
         raise UsageError(
             f"--consume-source deletes the weights in {source}; afterwards nothing can be verified "
@@ -439,46 +356,34 @@ def _check_consume_source(
         raise UsageError("--consume-source is for safetensors; a GGUF file goes as a whole or not")
 
 
-def _checkpoint(
-    opened: Path | Checkpoint, options: ConvertOptions, stubs: Path | None = None
-) -> Checkpoint:
-    return as_checkpoint(opened, options.config_from, stubs, vision_part(options))
-
-
 def start_source(
     source: Source,
     remote: Repository | None,
     output: Path,
     options: ConvertOptions,
     run: RunOptions,
+    *,
+    joins: bool = False,
 ) -> Path | Checkpoint:
     """The source of a conversion: a path, or a repository whose download starts.
 
-    Of a repository the headers and the output are checked first.
+    Of a repository the headers, the output and the room for downloads are checked first. With
+    ``joins``, parts have done most of it, and no room is asked for.
     """
     if remote is None:
         return Path(source)
     area = downloads_dir(output) if run.consume_source else None
     checkpoint = as_checkpoint(remote.read_headers(options.config_from), options.config_from)
     plan, spent = make_plan(checkpoint, options), staged_bytes(output)
+    needed: set[str] | None = set() if joins else None
+    if run.part is not None and options.budget is None:
+        steps = [plan.steps[number] for number in steps_of_part(plan, run.part)]
+        needed = {file.name for file in subplan(plan, steps).files}
     if area is None:
-        most = sum(shard.nbytes for shard in plan.shards) + remote.cache_bytes_on_disk_of(output)
+        most = sum(shard.nbytes for shard in plan.shards)
+        most += remote.cache_bytes_on_disk_of(output, needed)
     else:
         spent += bytes_on_disk(area)
         most = peak_disk_bytes(plan)
     check_output(plan, output, run.force, spent, most)
-    return remote.start_download(checkpoint, area)
-
-
-def _dry_run(opened: Path | Checkpoint, options: ConvertOptions, run: RunOptions) -> ConvertOptions:
-    """Read and compute everything once, so that errors show before files are deleted.
-
-    Returns:
-        The options with the layers that stay dense because of non-finite values.
-    """
-    while True:
-        planned = plan_with_source(_checkpoint(opened, options), options)
-        attempt = run_once(planned, NullSink(), options, run)
-        if not attempt.problems:
-            return options
-        options = options_for_retry(planned.plan, attempt, options, run)
+    return remote.start_download(checkpoint, area, needed)

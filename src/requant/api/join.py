@@ -8,19 +8,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from requant.api.convert import convert_whole, report_of, start_source
+from requant.api.budget_parts import choose_in_parts
+from requant.api.convert import start_source
 from requant.api.parts import read_join_command
+from requant.api.runs import convert_rest, report_of
 from requant.core.types import Source
 from requant.errors import CheckpointError, OutputError, error_action
 from requant.execution.executor import Progress
-from requant.output.part_journals import command_file, read_command
+from requant.output.part_journals import command_file, read_budget, read_command, unchecked_parts
 from requant.output.record import read_record
 from requant.output.staging import StagingFolder
 from requant.planning.layout_selection import vision_part
 from requant.quantization.options import RunOptions
 from requant.reports.report import Report
 from requant.sources.hub_repository import find_repository
+
+if TYPE_CHECKING:
+    from requant.calibration.block_run import Calibration
+
+STATISTICS_SUFFIX = ".safetensors"  # of the file that ``calibrate`` writes
 
 
 @error_action("joined")
@@ -33,14 +41,17 @@ def join(
     threads: int | None = None,
     max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Report | None:
-    """Complete an output that ``convert(..., part="i/n")`` has begun.
+) -> Report | Calibration | None:
+    """Complete an output that ``convert(..., part="i/n")``, or ``calibrate``, has begun.
 
     All journals must belong to one plan. What no part has done is done here, then the output is
     published under its name. Parts may have run in any order, twice, or not at all.
 
+    Of a calibration all parts must be done: their sums are added to the file that one process
+    writes. Of the other arguments ``force`` is for that.
+
     Args:
-        output: The folder that was given to the parts.
+        output: The folder, or the statistics file, that was given to the parts.
         source: Where the source is on this machine, if not where the parts have found it.
         force: Replace an output that exists; as given to the parts by default.
         verify_load: As in ``convert``.
@@ -49,7 +60,8 @@ def join(
         progress: As in ``convert``.
 
     Returns:
-        The report of the whole conversion; None if the output is complete already.
+        The report of the whole conversion, or the calibration; None if the output is complete
+        already.
 
     Raises:
         OutputError: There are no parts, they are of different conversions, or one is still running.
@@ -59,8 +71,12 @@ def join(
         >>> requant.join("output")  # doctest: +SKIP
     """
     began, folder = time.perf_counter(), Path(output)
+    if folder.suffix == STATISTICS_SUFFIX:
+        from requant.calibration.join_parts import join_calibration
+
+        return join_calibration(folder, force=force)
     staging = StagingFolder(folder)
-    command = read_command(staging.parts)
+    command = read_command(staging.parts) or read_budget(staging.parts)
     if command is None:
         if _is_complete(folder):
             return None
@@ -73,9 +89,10 @@ def join(
             f"{folder}: there are no parts to join in {staging.path}; run requant convert SOURCE "
             f"{shlex.quote(str(folder))} --part 1/2 and 2/2 first"
         )
-    recorded, revision, options, replaces = read_join_command(command, staging.path)
+    recorded, revision, options, replaces, consume = read_join_command(command, staging.path)
     run = RunOptions.from_arguments(
         force=force or replaces,
+        consume_source=consume > 0,
         threads=threads,
         max_memory=max_memory,
         verify_load=verify_load,
@@ -85,10 +102,13 @@ def join(
     named = recorded if source is None else str(source)
     remote = find_repository(named, revision, vision_part(options))
     try:
-        opened = start_source(named, remote, folder, options, run)
-        planned, result = convert_whole(opened, folder, options, run)
-    except OutputError:
-        if not _is_complete(folder, command["plan"]):
+        opened = start_source(named, remote, folder, options, run, joins=True)
+        if options.budget is not None:
+            options = choose_in_parts(opened, folder, options, run, command)
+        is_checked = not unchecked_parts(staging.parts, consume)
+        planned, result = convert_rest(opened, folder, options, run, is_checked=is_checked)
+    except (CheckpointError, OutputError):  # with --consume-source the source is gone then
+        if not _is_complete(folder, command.get("plan", "")):
             raise  # no other process has joined the parts meanwhile
         return None
     planned = planned._replace(plan=replace(planned.plan, source=named))

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from requant.core.types import Source
 from requant.errors import ParseError, UsageError
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.quantization.part import MAX_PARTS
 from requant.sources.hub_repository import Repository
+
+Command = Mapping[str, Any]
+"""What ``join_command`` gives: JSON data."""
 
 
 def check_part(options: ConvertOptions, run: RunOptions) -> None:
@@ -28,9 +31,9 @@ def check_part(options: ConvertOptions, run: RunOptions) -> None:
         return
     flag = "--part" if run.engine is None else "--engine"
     instead = {
-        "--budget": (
-            options.budget is not None,
-            "requant plan SOURCE --budget SIZE --save-recipe FILE.toml chooses the bits once; give "
+        "--save-recipe": (
+            run.save_recipe is not None and run.part is not None,
+            "requant plan SOURCE --budget SIZE --save-recipe FILE.toml chooses the bits; give "
             "--recipe FILE.toml to every part",
         ),
         "--calibrate": (
@@ -39,8 +42,8 @@ def check_part(options: ConvertOptions, run: RunOptions) -> None:
             "give --gptq --imatrix stats.safetensors to every part",
         ),
         "--consume-source": (
-            run.consume_source,
-            "other parts still read the source; delete it after `requant join`",
+            run.consume_source and run.part is None,
+            "give it to parts that you start, with --part",
         ),
         "--allow-nonfinite": (
             run.allow_nonfinite,
@@ -82,6 +85,7 @@ def join_command(
         "revision": None if remote is None else remote.commit,
         "options": with_absolute_paths(options).to_dict(),
         "force": run.force,
+        "consume": run.part.count if run.part is not None and run.consume_source else None,
     }
 
 
@@ -98,10 +102,18 @@ def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
 
 
-def read_join_command(
-    command: Mapping[str, Any], staging: Path
-) -> tuple[str, str | None, ConvertOptions, bool]:
-    """Source, revision, options and whether an output is replaced, of ``join_command``.
+class JoinCommand(NamedTuple):
+    """What ``join`` repeats the plan from."""
+
+    source: str
+    revision: str | None
+    options: ConvertOptions
+    force: bool
+    consume: int  # how many parts delete the source; 0 if none does
+
+
+def read_join_command(command: Mapping[str, Any], staging: Path) -> JoinCommand:
+    """Read what ``join_command`` gives.
 
     Raises:
         ParseError: It is not what ``join_command`` gives.
@@ -112,6 +124,8 @@ def read_join_command(
         isinstance(source, str)
         and isinstance(options, Mapping)
         and isinstance(revision, str | None)
+        and isinstance(command.get("consume"), int | None)
     ):
         raise ParseError(f"{staging / 'parts' / 'command'} is not what requant wrote there")
-    return source, revision, ConvertOptions.from_dict(options), bool(command.get("force"))
+    force, consume = bool(command.get("force")), command.get("consume") or 0
+    return JoinCommand(source, revision, ConvertOptions.from_dict(options), force, consume)

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -48,19 +49,27 @@ def allocate_bits(
     run: RunOptions,
     check: Callable[[Plan], None] | None = None,
     keep: Path | None = None,
+    *,
+    parts: Path | None = None,
+    spread: Callable[..., None] | None = None,
 ) -> ConvertOptions:
     """Turn the budget of ``options`` into a recipe that holds one quantization a layer.
 
     Args:
         source: Folder, or what was read of it.
         options: Returned as they are where they hold no budget.
-        run: Threads, memory, progress and whether layers may hold NaN or infinity.
+        run: Threads, memory, progress, the part that is measured, and whether layers may hold NaN
+            or infinity.
         check: Called with a plan of the source before anything is measured; may raise.
         keep: File of measurements: those of this source and these options are read, others added.
+        parts: Folder of the measurements of parts, which are read too.
+        spread: Has other processes measure; called with a ``TrialRun``, what is measured already,
+            and the ``key`` of files of measurements.
 
     Raises:
         CheckpointError: Everything that is wrong with the source.
         UsageError: Not even the smallest candidates fit.
+        PartlyMeasuredError: ``run.part`` is measured, the layers of other parts are not.
     """
     if options.budget is None or options.recipe is not None:
         return options
@@ -70,8 +79,10 @@ def allocate_bits(
     planned = plan_laid_out(laid_out, without_budget(options), is_trial=True)
     if check is not None:
         check(planned.plan)
-    kept = MeasuredErrors(keep, _key(planned.plan, options))
-    measured, options = measure(laid_out, planned, options, run, kept)
+    key = _key(planned.plan, options)
+    kept = MeasuredErrors(keep, key, parts)
+    elsewhere = None if spread is None else partial(spread, key=key)
+    measured, options = measure(laid_out, planned, options, run, kept, spread=elsewhere)
     default = options.quantization or DEFAULT_TARGET
     recipe = _recipe(measured, budget, options, default)
     return replace(options, quantization=default, recipe=recipe)

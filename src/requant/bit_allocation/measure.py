@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
+from itertools import chain
 from math import prod
 
-from requant.bit_allocation.measurements import Candidate, Errors, Measured, MeasuredErrors
+from requant.bit_allocation.measurements import (
+    Candidate,
+    Errors,
+    Measured,
+    MeasuredErrors,
+    PartlyMeasuredError,
+)
 from requant.core.reasons import ReasonCode
 from requant.errors import CheckpointError, Problem, UsageError
-from requant.execution.candidate_errors import CandidateErrors, trials_of
+from requant.execution.candidate_errors import CandidateErrors, Trial, trials_of
 from requant.execution.executor import run_plan
 from requant.execution.resources import plan_resources
 from requant.planning.layout_selection import with_target
+from requant.planning.parts import indices_of_part
 from requant.planning.plan import LayerPlan, Plan, Step, Treatment
+from requant.planning.plan_source import PlanSource
 from requant.planning.planner import (
     LaidOut,
     LayerTrial,
@@ -25,8 +35,10 @@ from requant.planning.planner import (
     plan_laid_out,
     try_layers,
 )
+from requant.planning.step_cost import step_cost
 from requant.quantization.config import Quantization
 from requant.quantization.options import ConvertOptions, RunOptions
+from requant.quantization.part import Part
 from requant.quantization.size_budget import BUDGET_BITS
 from requant.quantization.specs import format_spec
 
@@ -44,6 +56,7 @@ def measure(
     options: ConvertOptions,
     run: RunOptions,
     kept: MeasuredErrors,
+    spread: Callable[[TrialRun, MeasuredErrors], None] | None = None,
 ) -> tuple[Measured, ConvertOptions]:
     """Encode each layer of a source with each candidate, in one pass over the source.
 
@@ -51,19 +64,31 @@ def measure(
         laid_out: The source, laid out for the options without the budget.
         planned: Its plan without the budget.
         options: With the budget.
-        run: Threads, memory, progress and whether layers may hold NaN or infinity.
+        run: Threads, memory, progress, the part that is to be measured, and whether layers may
+            hold NaN or infinity.
         kept: The errors of an earlier run, which are not measured again; new ones are added.
+        spread: Has other processes measure, instead of this one; ``kept`` reads their files.
 
     Returns:
         The measurements, and the options with the layers that are left as they are.
 
     Raises:
         CheckpointError: A layer holds NaN or infinity.
+        PartlyMeasuredError: The part is measured, the layers of other parts are not.
     """
     while True:
-        trial = _TrialRun(laid_out, planned, options)
-        problems = trial.run(run, kept)
+        trial = TrialRun(laid_out, planned, options)
+        if spread is None:
+            problems = trial.run(run, kept)
+        else:
+            spread(trial, kept)
+            problems = {}
+        if run.part is not None and not problems:
+            kept.make_durable()
+        kept.read_parts()
         if not problems:
+            if unmeasured := len(trial.unmeasured(kept)):
+                raise PartlyMeasuredError(planned.plan, unmeasured)
             return trial.collect(kept.layers), options
         if not run.allow_nonfinite:
             raise CheckpointError(planned.plan.source, list(problems.values()))
@@ -76,7 +101,7 @@ def without_budget(options: ConvertOptions) -> ConvertOptions:
     return replace(options, budget=None, quantization=options.quantization or DEFAULT_TARGET)
 
 
-class _TrialRun:
+class TrialRun:
     """The candidates of every layer, and the run that measures their errors."""
 
     def __init__(self, laid_out: LaidOut, planned: Planned, options: ConvertOptions) -> None:
@@ -96,26 +121,40 @@ class _TrialRun:
                     self.steps[layer.layer][spec] = encoding
 
     def run(self, run: RunOptions, kept: MeasuredErrors) -> dict[str, Problem]:
-        """Measure the layers that were not; return a problem for each with NaN or infinity."""
-        trials = [
-            trial
+        """Measure the layers that were not, of a part if one is given.
+
+        Returns:
+            A problem for each layer with NaN or infinity.
+        """
+        chosen = set(self.tried if run.part is None else self.layers_of_part(run.part))
+        layers = [layer for layer in self.unmeasured(kept) if layer in chosen]
+        return run_trials(self.base, self.source, self.trials(layers), run, kept)
+
+    def unmeasured(self, kept: MeasuredErrors) -> list[str]:
+        """The layers that have several candidates, and not yet the error of each."""
+        return [
+            layer
             for layer, specs in self.tried.items()
             if len(specs) > 1 and not kept.layers.get(layer, {}).keys() >= self.steps[layer].keys()
-            for trial in trials_of(layer, self.steps[layer])
         ]
-        if not trials:
-            return {}
-        steps = tuple(trial.dense_step(number) for number, trial in enumerate(trials))
-        plan = replace(self.base, steps=steps)
-        sink = CandidateErrors(trials, kept.add)
-        limits = plan_resources(plan, run.threads, run.max_memory, run.chunk_bytes)
-        try:
-            found = run_plan(plan, self.source, sink, limits, run.progress).findings
-        finally:
-            kept.save()
-        stats = {layer: x for layer, x in found.items() if x.is_not_a_number}
-        stats = sink.nonfinite | stats  # stored scales say more than the values behind them
-        return {layer: x.nonfinite_problem(layer) for layer, x in stats.items()}
+
+    def layers_of_part(self, part: Part) -> list[str]:
+        """The layers that a part measures; it does not depend on what is measured already."""
+        layers = list(self._costs)
+        return [layers[index] for index in indices_of_part(list(self._costs.values()), part)]
+
+    @cached_property
+    def _costs(self) -> dict[str, float]:
+        """What measuring costs, of each layer that has several candidates."""
+        return {
+            layer: sum(map(step_cost, chain(*self.steps[layer].values())))
+            for layer, specs in self.tried.items()
+            if len(specs) > 1
+        }
+
+    def trials(self, layers: Iterable[str]) -> list[Trial]:
+        """The trials of some layers."""
+        return [trial for layer in layers for trial in trials_of(layer, self.steps[layer])]
 
     def collect(self, errors: Mapping[str, Errors]) -> Measured:
         """The candidates with their errors."""
@@ -145,6 +184,33 @@ class _TrialRun:
             return ""
         is_excluded = layer.reason is not None and layer.reason.code in _EXCLUDED
         return _spec_of(self.base, layer) or ("skip" if is_excluded else "")
+
+
+def run_trials(
+    base: Plan,
+    source: PlanSource,
+    trials: Sequence[Trial],
+    run: RunOptions,
+    kept: MeasuredErrors,
+) -> dict[str, Problem]:
+    """Run trials, and add the errors to ``kept``; ``base`` is the plan without the budget.
+
+    Returns:
+        A problem for each layer with NaN or infinity.
+    """
+    if not trials:
+        return {}
+    steps = tuple(trial.dense_step(number) for number, trial in enumerate(trials))
+    plan = replace(base, steps=steps)
+    sink = CandidateErrors(trials, kept.add)
+    limits = plan_resources(plan, run.threads, run.max_memory, run.chunk_bytes)
+    try:
+        found = run_plan(plan, source, sink, limits, run.progress).findings
+    finally:
+        kept.save()
+    stats = {layer: x for layer, x in found.items() if x.is_not_a_number}
+    stats = sink.nonfinite | stats  # stored scales say more than the values behind them
+    return {layer: x.nonfinite_problem(layer) for layer, x in stats.items()}
 
 
 def _candidates(

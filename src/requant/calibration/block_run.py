@@ -27,7 +27,13 @@ from requant.calibration.collector import (
     unobserved_layers,
 )
 from requant.calibration.image_windows import DrawnImages, ImageWindows
-from requant.calibration.run_folder import BlockRunState, RunFolder
+from requant.calibration.run_folder import (
+    BlockRunState,
+    FinishedRun,
+    RunFolder,
+    as_output_errors,
+)
+from requant.calibration.section_sums import SectionSums, section_ends
 from requant.calibration.text_model import (
     TextModel,
     build_empty_text_model,
@@ -44,6 +50,8 @@ from requant.mlx_vlm.image_prompts import image_prompts
 from requant.nn.blas_products import blas_products, on_cpu
 from requant.output.record import version
 from requant.planning.planner import Planned
+from requant.quantization.part import Part
+from requant.text import pluralize
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -52,7 +60,7 @@ DEFAULT_TOKENS = 32_768
 DEFAULT_WINDOW = 512
 # Of all Hessians of one layer; a wider layer is left out, and named.
 MOST_HESSIAN_BYTES = 4 << 30
-_STATE = 3  # changes with what is kept of a stopped run
+_STATE = 4  # changes with what is kept of a stopped run
 
 _AHEAD = 8  # windows whose computation on a GPU is begun before the first is waited for
 
@@ -81,6 +89,8 @@ class Calibration:
         blockwise: One block at a time was in memory; else the whole model, for ``reason``.
         reason: Why the model was run as a whole.
         elapsed_s: Seconds that this call took.
+        part: The part of the windows that was run; its sums are kept for ``join``. Tokens and
+            windows are those of the whole text. None for the whole.
     """
 
     source: str
@@ -96,10 +106,40 @@ class Calibration:
     blockwise: bool
     reason: str
     elapsed_s: float
+    part: Part | None = None
+
+    @classmethod
+    def of(
+        cls,
+        finished: FinishedRun,
+        output: Path,
+        state: BlockRunState,
+        began: float,
+        part: Part | None = None,
+    ) -> Calibration:
+        """What a run that ``began`` at a time of ``perf_counter`` collected."""
+        seen = {*state.called, *finished.embeddings}
+        without_tokens = {path: x["without_tokens"] for path, x in state.layers.items()}
+        return cls(
+            source=finished.source,
+            output=str(output),
+            tokens=finished.tokens,
+            windows=finished.windows,
+            images=finished.images,
+            layers=len(state.layers),
+            hessians=sum(layer["hessian"] for layer in state.layers.values()),
+            too_wide=state.too_wide,
+            not_observed=tuple(path for path in finished.watched if path not in seen),
+            without_tokens={path: count for path, count in without_tokens.items() if count},
+            blockwise=not finished.reason,
+            reason=finished.reason,
+            elapsed_s=time.perf_counter() - began,
+            part=part,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The calibration as JSON data."""
-        return asdict(self)
+        return asdict(self) | {"part": None if self.part is None else str(self.part)}
 
 
 @error_action("calibrated")
@@ -116,6 +156,7 @@ def calibrate(
     revision: str | None = None,
     config_from: Source | None = None,
     threads: int | None = None,
+    part: Part | str | None = None,
     force: bool = False,
     resume: bool = True,
     progress: ProgressCallback | None = None,
@@ -145,6 +186,9 @@ def calibrate(
         revision: Of a model on the hub.
         config_from: For GGUF, as in ``convert``.
         threads: Threads that decode the source.
+        part: "3/8" runs one part of the windows, of 8 at most; others may run at the same time on
+            other machines that share the folder of ``output``. ``join(output)`` then adds their
+            sums; the file is the same as that of one process.
         force: Replace ``output``.
         resume: Resume the same call after a stop; False starts over.
         progress: Called with what is done, how many, and of how many.
@@ -175,6 +219,7 @@ def calibrate(
         revision=revision,
         config_from=config_from,
         threads=threads,
+        part=None if part is None else Part.parse(part),
     )
     return run(task, place, resume=resume, progress=progress, on_note=on_note)
 
@@ -191,6 +236,7 @@ def prepare(
     revision: str | None = None,
     config_from: Source | None = None,
     threads: int | None = None,
+    part: Part | None = None,
 ) -> Task:
     """What ``calibrate`` is to do, with the same arguments: a model's plan, and a text's tokens.
 
@@ -212,7 +258,7 @@ def prepare(
     if prompts:
         network = build_empty_text_model(planned.plan)
         pictures = ImageWindows.of(model, planned, network.whole, prompts).within(tokens, seed)
-    return Task(
+    task = Task(
         model=model,
         planned=planned,
         ids=ids,
@@ -222,7 +268,10 @@ def prepare(
         revision=revision,
         config_from=config_from,
         threads=threads,
+        part=part,
     )
+    task.check_part()
+    return task
 
 
 def run(
@@ -240,7 +289,7 @@ def run(
     """
     began = time.perf_counter()
     planned, ids, pictures = task.planned, task.ids, task.pictures
-    with RunFolder(planned.plan.source, output, task.key, resume) as folder:
+    with RunFolder(planned.plan.source, output, task.key, resume, task.part) as folder:
         network = build_empty_text_model(planned.plan)
         if task.hessian and on_note is not None:
             for note in _notes_of_wide_layers(network):
@@ -261,33 +310,19 @@ def run(
         if pictures is not None:
             metadata |= {"images": str(len(pictures.windows.prompts))}
             metadata |= {"image_tokens": str(pictures.tokens), "images_sha256": pictures.digest}
-        folder.finish({"requant": version(), **metadata})
-    seen = 0 if pictures is None else len(pictures.windows.prompts)
-    return Calibration(
-        source=str(task.model),
-        output=str(output),
-        tokens=int(ids.size) + (0 if pictures is None else pictures.tokens),
-        windows=len(ids) + seen,
-        images=seen,
-        blockwise=not reason,
-        reason=reason,
-        elapsed_s=time.perf_counter() - began,
-        **_summary(folder.state, network),
-    )
-
-
-def _summary(state: BlockRunState, model: TextModel) -> dict[str, Any]:
-    """The attributes of a ``Calibration`` that say which layers have statistics."""
-    seen = {*state.called, *embedding_layers(model).values()}
-    watched = [*observed_layers(model).values(), *unobserved_layers(model)]
-    without_tokens = {path: x["without_tokens"] for path, x in state.layers.items()}
-    return {
-        "layers": len(state.layers),
-        "hessians": sum(layer["hessian"] for layer in state.layers.values()),
-        "too_wide": state.too_wide,
-        "not_observed": tuple(path for path in watched if path not in seen),
-        "without_tokens": {path: experts for path, experts in without_tokens.items() if experts},
-    }
+        images = 0 if pictures is None else len(pictures.windows.prompts)
+        finished = FinishedRun(
+            source=str(task.model),
+            tokens=int(ids.size) + (0 if pictures is None else pictures.tokens),
+            windows=task.inputs,
+            images=images,
+            reason=reason,
+            metadata={"requant": version(), **metadata},
+            watched=(*observed_layers(network).values(), *unobserved_layers(network)),
+            embeddings=tuple(embedding_layers(network).values()),
+        )
+        folder.finish(finished)
+    return Calibration.of(finished, output, folder.state, began, task.part)
 
 
 def _check_output(place: Path, force: bool) -> None:
@@ -326,6 +361,7 @@ class Task:
     revision: str | None
     config_from: Source | None
     threads: int | None
+    part: Part | None = None
 
     @property
     def key(self) -> str:
@@ -335,9 +371,32 @@ class Task:
             parts.append(self.pictures.digest)
         return hashlib.sha256(json.dumps(parts).encode() + self.ids.tobytes()).hexdigest()
 
-    def collector(self, model: TextModel) -> Collector:
-        """A new collector of the layers of a model."""
-        return Collector(observed_layers(model), self.hessian, MOST_HESSIAN_BYTES)
+    @property
+    def inputs(self) -> int:
+        """How many windows and prompts about images there are."""
+        return len(self.ids) + (0 if self.pictures is None else len(self.pictures.windows.prompts))
+
+    def check_part(self) -> None:
+        """Raise UsageError where there are more parts than sections."""
+        count = len(section_ends(self.inputs))
+        if self.part is not None and self.part.count > count:
+            raise UsageError(
+                f"--part {self.part}: {pluralize(self.inputs, 'window')} of text can be cut into "
+                f"{pluralize(count, 'part')} at most; give fewer parts, or more --tokens"
+            )
+
+    @property
+    def windows(self) -> range:
+        """Those that this process runs."""
+        ends = [0, *section_ends(self.inputs)]
+        count, part = len(ends) - 1, self.part or Part(1, 1)
+        first, last = (count * number // part.count for number in (part.number - 1, part.number))
+        return range(ends[first], ends[last])
+
+    def sections(self, model: TextModel, folder: RunFolder, done: int) -> BlockSections:
+        """What collects the sums of a block."""
+        collector = Collector(observed_layers(model), self.hessian, MOST_HESSIAN_BYTES)
+        return BlockSections(self, collector, folder, done)
 
     def load_whole(self) -> TextModel:
         """The model with its weights."""
@@ -353,6 +412,37 @@ class Task:
         return model
 
 
+class BlockSections:
+    """Collects the sums of one block, section by section; ``done`` counts the blocks with it."""
+
+    def __init__(self, task: Task, collector: Collector, folder: RunFolder, done: int) -> None:
+        self.collector, self._task, self._folder, self._done = collector, task, folder, done
+        self._sums = SectionSums(folder.path, done, durable=task.part is not None)
+
+    def of(self, inputs: Iterable[_T]) -> Iterator[_T]:
+        """The inputs of the windows; sums begin at zero with each section."""
+        windows, ends = self._task.windows, section_ends(self._task.inputs)
+        for window, x in zip(windows, inputs, strict=True):
+            if window in ends and window > windows.start:
+                self._end(ends.index(window))
+            yield x
+        self._end(ends.index(windows.stop), is_last=True)
+
+    def _end(self, section: int, *, is_last: bool = False) -> None:
+        sums = self.collector.take()
+        self._folder.check_finite(sums)
+        with as_output_errors(self._folder.path):
+            self._sums.add((section, section + 1), sums)
+            if is_last and self._task.part is None:
+                self.collector.sums = self._sums.total()
+            else:
+                self._sums.save()
+
+    def save(self) -> None:
+        """Write the sums of the block; from now on it is done."""
+        self._folder.save_block(self.collector, self._done, self._sums.files())
+
+
 def run_blockwise(
     task: Task, model: TextModel, folder: RunFolder, progress: ProgressCallback | None
 ) -> None:
@@ -365,11 +455,11 @@ def run_blockwise(
     """
     import mlx.core as mx
 
-    ids = task.ids
     layered = BlockwiseModel(model, *task.planned, task.threads)
     layered.load_rest()
-    calls = layered.calls(ids[0], ids[-1])
-    first = layered.embed(ids[0])
+    calls = layered.calls(task.ids[0], task.ids[-1])
+    first = layered.embed(task.ids[0])
+    ids = task.ids[task.windows.start : task.windows.stop]
     hidden = folder.hidden_states((*ids.shape, first.shape[-1]))
     steps = (len(calls) + 1) * len(ids)
 
@@ -389,22 +479,24 @@ def run_blockwise(
         folder.save_block(Collector({}, False, 0), 0)
     for number in range(folder.state.done, len(calls)):
         what = f"block {number + 1} of {len(calls)}"
-        collector = task.collector(model)
+        sections = task.sections(model, folder, number + 1)
+        collector = sections.collector
         with blas_products(), collector.observing(), layered.block(number) as block:
             step = partial(layered.step, block, call=calls[number])
             rows = report(what, number, hidden.read(number))
-            inputs = (mx.array(row[None]).astype(first.dtype) for row in rows)
+            inputs = (mx.array(row[None]).astype(first.dtype) for row in sections.of(rows))
             hidden.write(number + 1, _block_outputs(step, inputs, collector))
-        folder.save_block(collector, number + 1)
+        sections.save()
     if folder.state.done == len(calls):
-        collector = task.collector(model)
+        sections = task.sections(model, folder, len(calls) + 1)
+        collector = sections.collector
         with collector.observing():
-            states_of = report("head", len(calls), hidden.read(len(calls)))
+            states_of = sections.of(report("head", len(calls), hidden.read(len(calls))))
             for row, states in zip(ids, states_of, strict=True):
                 layered.finish(row, mx.array(states[None]).astype(first.dtype))
                 with as_backend_errors():
                     collector.flush()
-        folder.save_block(collector, len(calls) + 1)
+        sections.save()
 
 
 def _block_outputs(
@@ -434,20 +526,26 @@ def run_whole(
     """Run a model that has its weights, window by window: the text, then the images."""
     import mlx.core as mx
 
-    collector = task.collector(model)
-    with blas_products(), collector.observing():
+    prompts = () if task.pictures is None else task.pictures.windows
+
+    def inputs() -> Iterator[tuple[Any, ...]]:
         for number, row in enumerate(task.ids):
-            if progress is not None:
-                progress("window of text", number, len(task.ids))
-            with as_backend_errors():
-                collector.flush(model(mx.array(row[None])))
-        prompts = () if task.pictures is None else task.pictures.windows
+            if number in task.windows:
+                if progress is not None:
+                    progress("window of text", number, len(task.ids))
+                yield (mx.array(row[None]),)
         for number, prompt in enumerate(prompts):
-            if progress is not None:
-                progress("prompt about an image", number, len(prompts))
+            if number + len(task.ids) in task.windows:
+                if progress is not None:
+                    progress("prompt about an image", number, len(prompts))
+                yield mx.array(prompt.ids[None]), prompt.inputs
+
+    sections = task.sections(model, folder, 0)
+    with blas_products(), sections.collector.observing():
+        for arguments in sections.of(inputs()):
             with as_backend_errors():
-                collector.flush(model(mx.array(prompt.ids[None]), prompt.inputs))
-    folder.save_block(collector, 0)
+                sections.collector.flush(model(*arguments))
+    sections.save()
 
 
 def _to_numpy(x: mx.array) -> np.ndarray:

@@ -96,6 +96,22 @@ class Sums:
             self.absolutes[expert] += both[1]
         self._pending.clear()
 
+    def merge(self, before: Sums) -> None:
+        """Add the sums of earlier windows."""
+        self.count += before.count
+        self.squares += before.squares
+        self.absolutes += before.absolutes
+        for expert, product in enumerate(before.products or ()):
+            if product is None:
+                continue
+            assert self.products is not None
+            own = self.products[expert]
+            if own is None:
+                self.products[expert] = product
+            else:
+                own = self.products[expert] = np.require(own, requirements="W")
+                own += product
+
     def are_finite(self) -> bool:
         """Whether none is NaN or infinite."""
         self._fetch()
@@ -174,6 +190,11 @@ class Collector:
         finally:
             for (kind, name, _), original in zip(kinds, before, strict=True):
                 setattr(kind, name, original)
+
+    def take(self) -> dict[str, Sums]:
+        """The sums so far; those that follow begin at zero."""
+        sums, self.sums = self.sums, {}
+        return sums
 
     def _linear(self, layer: Module, x: mx.array) -> None:
         path = self.paths.get(id(layer))

@@ -4,28 +4,35 @@
 lock                held by the process that calibrates
 state.json          what is done: a ``BlockRunState``
 00007.safetensors   statistics of one block
+00007.4-6           with parts: sums of one block over the sections 4 and 5
 hidden-0, hidden-1  hidden states before and after a block: the two files take turns
+finished.json       with parts: a ``FinishedRun``, once the part is done
+3-of-8/             with parts: the same files for part 3
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from requant.calibration.collector import Collector
-from requant.core.files import replace_file
-from requant.errors import CheckpointError, OutputError, Problem
+from requant.calibration.collector import Collector, Sums
+from requant.core.files import fsync, replace_file
+from requant.errors import CheckpointError, OutputError, Problem, UsageError
 from requant.importance.reader import merge_statistics, write_statistics
 from requant.output.staging import lock_staging
+from requant.quantization.part import Part
 from requant.text import os_error_text
+
+FINISHED = "finished.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +65,8 @@ class BlockRunState:
         with as_output_errors(path), replace_file(path) as file:
             file.write(json.dumps(asdict(self)).encode())
 
-    def with_block(self, collector: Collector, done: int, part: str | None) -> BlockRunState:
-        """The state after one more block."""
+    def with_block(self, collector: Collector, done: int, parts: Sequence[str]) -> BlockRunState:
+        """The state after one more block, whose statistics or sums are in the files ``parts``."""
         layers = {
             path: {"without_tokens": int((x.count == 0).sum()), "hessian": x.products is not None}
             for path, x in collector.sums.items()
@@ -67,11 +74,25 @@ class BlockRunState:
         return replace(
             self,
             done=done,
-            parts=self.parts if part is None else (*self.parts, part),
+            parts=(*self.parts, *parts),
             layers={**self.layers, **layers},
             too_wide=tuple(sorted({*self.too_wide, *collector.too_wide})),
             called=tuple(sorted({*self.called, *collector.called})),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """What is known of a calibration that is done, apart from its statistics."""
+
+    source: str
+    tokens: int
+    windows: int
+    images: int
+    reason: str  # why the model was run as a whole; "" where it was not
+    metadata: Mapping[str, str]  # of the statistics file
+    watched: tuple[str, ...]  # layers that should have statistics
+    embeddings: tuple[str, ...]
 
 
 class HiddenStates:
@@ -122,19 +143,42 @@ class RunFolder:
     """The folder of one calibration; a context manager that holds its lock.
 
     It is next to ``output``, the statistics file to be. ``key`` is the hash of everything that the
-    statistics depend on; ``resume`` resumes a stopped run of the same key.
+    statistics depend on; ``resume`` resumes a stopped run of the same key. A ``part`` has a folder
+    of its own in it. With ``joins`` what parts have left is kept until ``finish``.
     """
 
-    def __init__(self, source: str, output: Path, key: str, resume: bool) -> None:
-        self._source, self._output, self._resume = source, output, resume
-        self.path = output.with_name(f".{output.name}.requant-calibrating")
+    def __init__(
+        self,
+        source: str,
+        output: Path,
+        key: str,
+        resume: bool,
+        part: Part | None = None,
+        *,
+        joins: bool = False,
+    ) -> None:
+        self._source, self._output, self._resume, self._part = source, output, resume, part
+        self._joins = joins
+        self.path = calibrating_dir(output)
+        if part is not None:
+            self.path /= f"{part.number}-of-{part.count}"
         self.state = BlockRunState(key)
         self._hidden: HiddenStates | None = None
-        self._lock = -1
+        self._locks: list[int] = []
 
     def __enter__(self) -> RunFolder:
         with as_output_errors(self.path):
-            self._lock = lock_staging(self.path, self._output)
+            if self._part is not None:
+                self._locks.append(lock_staging(self.path.parent, self._output, shared=True))
+            self._locks.append(lock_staging(self.path, self._output))
+        if self._joins:
+            return self
+        if self._part is None and self._resume and any(part_folders(self._output)):
+            self._unlock()
+            raise OutputError(
+                f"{self.path} has parts of a calibration: requant join "
+                f"{shlex.quote(str(self._output))} completes it, --no-resume starts over"
+            )
         if self._resume:
             self.state = BlockRunState.load(self.path / "state.json", self.state.key)
         if self.state.done < 0:
@@ -142,7 +186,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        os.close(self._lock)
+        self._unlock()
         can_resume = self.state.done >= 0 and not (self._hidden and self._hidden.is_cut)
         if isinstance(error, KeyboardInterrupt | OSError) and can_resume:
             error.add_note(
@@ -150,10 +194,16 @@ class RunFolder:
                 "resumes, --no-resume starts over"
             )
 
+    def _unlock(self) -> None:
+        while self._locks:
+            os.close(self._locks.pop())
+
     def start_over(self) -> None:
         """Forget what an earlier run left."""
         for path in self.path.iterdir():
-            if path.name != "lock":
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
                 path.unlink()
         self.state = BlockRunState(self.state.key)
 
@@ -162,32 +212,59 @@ class RunFolder:
         self._hidden = HiddenStates(self.path, shape)
         return self._hidden
 
-    def save_block(self, collector: Collector, done: int) -> None:
-        """Write the sums of a block; from now on it is done.
+    def check_finite(self, sums: Mapping[str, Sums]) -> None:
+        """Check sums before they are kept.
 
         Raises:
             CheckpointError: They hold NaN or infinity.
         """
-        sums = collector.sums
         message = "the text's inputs become NaN or infinite: weights before it hold such values"
         problems = [Problem(path, message) for path, x in sums.items() if not x.are_finite()]
         if problems:
             raise CheckpointError(self._source, problems)
-        part = f"{done:05d}.safetensors" if sums else None
-        if part is not None:
+
+    def save_block(self, collector: Collector, done: int, parts: Sequence[str] = ()) -> None:
+        """Write the statistics of a block, or note the files with its sums; it is done then."""
+        sums = collector.sums
+        if sums:
+            part = f"{done:05d}.safetensors"
+            parts = (*parts, part)
             layers = {path: x.statistics() for path, x in sums.items()}
             hessians = {path: x.hessian for path, x in sums.items() if x.products is not None}
             with as_output_errors(self.path / part):
                 write_statistics(self.path / part, layers, hessians)
-        self.state = self.state.with_block(collector, done, part)
+        self.state = self.state.with_block(collector, done, parts)
         self.state.save(self.path / "state.json")
 
-    def finish(self, metadata: Mapping[str, str]) -> None:
-        """Put the parts together under the output's name, and remove the folder."""
+    def finish(self, finished: FinishedRun) -> None:
+        """Put the blocks together under the output's name, and remove the folder.
+
+        A part says that it is done instead; ``join`` needs its files.
+        """
+        if self._part is not None:
+            with as_output_errors(self.path), replace_file(self.path / FINISHED) as file:
+                file.write(json.dumps(asdict(finished)).encode())
+            with as_output_errors(self.path):
+                fsync(self.path)
+                for name in ("hidden-0", "hidden-1"):
+                    (self.path / name).unlink(missing_ok=True)
+            return
         parts = [self.path / name for name in self.state.parts]
         with as_output_errors(self._output):
-            merge_statistics(parts, self._output, dict(metadata))
+            merge_statistics(parts, self._output, dict(finished.metadata))
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def calibrating_dir(output: Path) -> Path:
+    """The hidden folder in which a calibration keeps what is done."""
+    return output.with_name(f".{output.name}.requant-calibrating")
+
+
+def part_folders(output: Path) -> Iterator[tuple[Part, Path]]:
+    """The parts of a calibration that were begun, with their folders."""
+    for path in sorted(calibrating_dir(output).glob("*-of-*")):
+        with suppress(UsageError):
+            yield Part.parse(path.name.replace("-of-", "/")), path
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from requant.errors import UsageError
 from requant.text import escape_control_chars
 
 if TYPE_CHECKING:
+    from requant.calibration.block_run import Calibration
     from requant.reports.report import Report
 
 
@@ -119,25 +120,30 @@ def join(
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
-    """Complete an OUTPUT that convert --part began.
+    """Complete an OUTPUT that convert --part, or calibrate --part, began.
 
     Checks that all parts are of one conversion, does what is missing, and publishes OUTPUT
     under its name. Parts may have run in any order, twice, or not at all: the result has the
-    same bytes as a conversion by one process. Stopped, the same command resumes.
+    same bytes as a conversion by one process. Stopped, the same command resumes. Of a
+    calibration all parts must be done.
 
     \b
     Examples:
       requant convert Llama-3.2-1B out --bits 4 --part 1/2
       requant convert Llama-3.2-1B out --bits 4 --part 2/2
       requant join out
+      requant join stats.safetensors
     """  # noqa: D301
     from requant.api import join as joining
+    from requant.reports.report import Report
 
     with handle_errors(), progress_display(quiet) as progress:
         report = joining.join(output, source=source, **options, progress=progress)
     with handle_errors():
-        if report is not None:
+        if isinstance(report, Report):
             _show_result(report, json, quiet)
+        elif report is not None:
+            _show_calibration(report, json, quiet)
         elif not quiet:
             print_stderr(f"{output} is complete already")
 
@@ -225,6 +231,7 @@ def calibrate(
     tokens: arg.TextTokens = 32_768,
     window: arg.TextWindow = 512,
     seed: arg.Seed = 0,
+    part: arg.PartOfText = None,
     options: TableOptions,
     json: arg.Json = False,
     quiet: arg.Quiet = False,
@@ -242,11 +249,11 @@ def calibrate(
     Examples:
       requant calibrate Llama-3.2-1B -o stats.safetensors --text notes.txt
       requant calibrate Llama-3.2-1B -o stats.safetensors --text chats.jsonl --hessian
+      requant calibrate Llama-3.2-1B -o stats.safetensors --hessian --part 1/8
       requant calibrate Qwen2-VL-2B -o stats.safetensors --text notes.txt --image photos/
       requant convert Llama-3.2-1B out --bits 3 --imatrix stats.safetensors
     """  # noqa: D301
     from requant.calibration import block_run
-    from requant.cli import tables
 
     with handle_errors():
         with counting_display(quiet) as progress:
@@ -259,14 +266,22 @@ def calibrate(
                 tokens=tokens,
                 window=window,
                 seed=seed,
+                part=part,
                 **options,
                 progress=progress,
                 on_note=lambda note: print_stderr(f"warning: {note}"),
             )
-        if json:
-            print_json(calibration.to_dict())
-        elif not quiet:
-            tables.show_calibration(calibration)
+        _show_calibration(calibration, json, quiet)
+
+
+def _show_calibration(calibration: Calibration, json: bool, quiet: bool) -> None:
+    """Print what was collected."""
+    from requant.cli import tables
+
+    if json:
+        print_json(calibration.to_dict())
+    elif not quiet:
+        tables.show_calibration(calibration)
 
 
 def _mlx_vlm(source: Path) -> Any:

@@ -185,7 +185,9 @@ _LOAD = (
 Source = Annotated[Path, _argument("SOURCE", _SOURCE)]
 Output = Annotated[Path, _argument("OUTPUT", "Folder to write; appears when complete.")]
 Written = Annotated[Path, _argument("OUTPUT", "Folder that convert wrote.")]
-Begun = Annotated[Path, _argument("OUTPUT", "The folder that was given to the parts.")]
+Begun = Annotated[
+    Path, _argument("OUTPUT", "The folder, or the statistics file, that was given to the parts.")
+]
 Verified = Annotated[Path | None, _argument("SOURCE", "The source of OUTPUT; may be left out.")]
 AgainstSource = Annotated[Path | None, _argument("OUTPUT", "Folder to check.")]
 ModelA = Annotated[Path, _argument("A", "Folder or GGUF file of the reference model.")]
@@ -222,6 +224,15 @@ PartOfOutput = Annotated[
         "--part",
         "NUMBER/COUNT",
         "Compare one part, as 3/8: its tensors, and all that is not a tensor. Needs SOURCE.",
+    ),
+]
+PartOfText = Annotated[
+    str | None,
+    _value(
+        "--part",
+        "NUMBER/COUNT",
+        "Run one part of the text, as 3/8 (8 parts at most), with an output in a folder that "
+        "several machines share; `requant join FILE` then adds their sums.",
     ),
 ]
 Load = Annotated[bool, typer.Option("--load", help=_LOAD)]

@@ -57,6 +57,19 @@ def show_plan(
 def show_report(report: Report) -> None:
     """Print what a conversion did, and what to type next."""
     page, plan = TablePrinter(), report.plan
+    if report.unmeasured:
+        page.line(
+            f"part {report.part} is measured, {pluralize(report.unmeasured, 'layer')} of other "
+            "parts not yet; next, when all parts are: the same command again"
+        )
+        return
+    if report.unchecked:
+        page.line(
+            f"part {report.part} was computed once without errors, "
+            f"{pluralize(report.unchecked, 'part')} not yet, and nothing of the source is deleted "
+            "before; next, when all are: the same command again"
+        )
+        return
     part = "" if report.part is None else f", part {report.part}"
     page.line(f"{_title(plan)} -> {report.output}{part}", "bold")
     _show_layers(page, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -83,6 +84,12 @@ def _show_problems(page: TablePrinter, output: str, problems: Sequence[Problem])
 def show_calibration(calibration: Calibration) -> None:
     """Print what a calibration collected, and the layers without statistics."""
     page = TablePrinter()
+    if calibration.part is not None:
+        page.line(
+            f"part {calibration.part} is done in {format_seconds(calibration.elapsed_s)}; next, "
+            f"when all are: requant join {shlex.quote(calibration.output)}"
+        )
+        return
     page.line(f"{calibration.output}: {pluralize(calibration.layers, 'layer')}", "bold")
     hessians = f", {pluralize(calibration.hessians, 'Hessian')}" if calibration.hessians else ""
     images = f" ({calibration.images:,} with images)" if calibration.images else ""

@@ -15,7 +15,9 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from requant.cluster.part_task import Job, PartOutcome, run_part
+from requant.bit_allocation.measure import TrialRun
+from requant.bit_allocation.measurements import MeasuredErrors
+from requant.cluster.part_task import Job, MeasureJob, PartOutcome, measure_part, run_part
 from requant.errors import CheckpointError, ClusterError, Problem
 from requant.execution.executor import Progress
 from requant.quantization.part import MAX_PARTS, Part
@@ -74,6 +76,10 @@ class Shape:
     threads: int  # of a task, and processors that Ray reserves for it
     parts: int
 
+    def all_parts(self) -> list[Part]:
+        """The parts in their order."""
+        return [Part(number, self.parts) for number in range(1, self.parts + 1)]
+
 
 def shape_of(cpus: list[float], threads: int | None, parts: int | None) -> Shape:
     """How many parts there are, and with how many threads each runs.
@@ -114,8 +120,11 @@ class _Board:
         return self._parts
 
 
-def _task(job: Job, part: Part, board: Any) -> PartOutcome:
-    """What runs on a worker: the part, and a report about each second."""
+def _task(job: Job | MeasureJob, part: Part, share: Any, board: Any) -> PartOutcome:
+    """What runs on a worker: the part, and a report about each second.
+
+    ``share`` are the trials of a part that measures.
+    """
     reported = 0.0
 
     def report(progress: Progress) -> None:
@@ -124,6 +133,8 @@ def _task(job: Job, part: Part, board: Any) -> PartOutcome:
             reported = time.monotonic()
             board.put.remote(part, progress)
 
+    if isinstance(job, MeasureJob):
+        return measure_part(job, part, share, report)
     return run_part(job, part, report)
 
 
@@ -139,31 +150,67 @@ def run_on_ray(
         ClusterError: A part failed, or died more than ``MAX_RETRIES`` times.
         CheckpointError: Values of the source are NaN, or infinite: of all parts.
     """
-    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    shape = shape_of(cpus, job.run.threads, parts)
+    shape = _shape(ray, job.run.threads, parts)
     job = replace(job, run=replace(job.run, threads=shape.threads))
-    return _Run(ray, job, shape).run(progress)
+    shares = dict.fromkeys(shape.all_parts())
+    bytes_total = sum(step.bytes_in for step in job.plan.steps)
+    return _Run(ray, job, shape, job.plan.source, bytes_total).run(shares, progress)
+
+
+def measure_on_ray(
+    ray: Any,
+    job: MeasureJob,
+    trials: TrialRun,
+    kept: MeasuredErrors,
+    progress: Callable[[Progress], None] | None = None,
+) -> None:
+    """Have tasks measure the layers that are not in ``kept``; as many parts as ``run_on_ray`` has.
+
+    Raises:
+        ClusterError, CheckpointError: As ``run_on_ray``.
+    """
+    of_job = job.job
+    shape = _shape(ray, of_job.run.threads, of_job.run.parts)
+    job = replace(job, job=replace(of_job, run=replace(of_job.run, threads=shape.threads)))
+    left = set(trials.unmeasured(kept))
+    shares = {
+        part: trials.trials(layer for layer in trials.layers_of_part(part) if layer in left)
+        for part in shape.all_parts()
+    }
+    shares = {part: share for part, share in shares.items() if share}
+    bytes_total = sum(trial.bytes_in for share in shares.values() for trial in share)
+    _Run(ray, job, shape, of_job.plan.source, bytes_total).run(shares, progress)
+
+
+def _shape(ray: Any, threads: int | None, parts: int | None) -> Shape:
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    return shape_of(cpus, threads, parts)
 
 
 class _Run:
     """The tasks of one job, their outcomes and progress."""
 
-    def __init__(self, ray: Any, job: Job, shape: Shape) -> None:
-        self.ray, self.job = ray, job
+    def __init__(
+        self, ray: Any, job: Job | MeasureJob, shape: Shape, source: str, bytes_total: int
+    ) -> None:
+        self.ray, self.job, self.shape = ray, job, shape
+        self.source, self.bytes_total = source, bytes_total
         self.board = ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
-        shipped = ray.put(job)
-        task = ray.remote(
-            num_cpus=shape.threads, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD"
-        )(_task)
-        numbers = range(1, shape.parts + 1)
-        parts = [Part(number, shape.parts) for number in numbers]
-        self.pending = {task.remote(shipped, part, self.board): part for part in parts}
-        self.bytes_total = sum(step.bytes_in for step in job.plan.steps)
+        self.pending: dict[Any, Part] = {}
         self.reported: Mapping[Part, Progress] = {}
         self.outcomes: list[PartOutcome] = []
 
-    def run(self, progress: Callable[[Progress], None] | None) -> list[PartOutcome]:
+    def run(
+        self, shares: Mapping[Part, Any], progress: Callable[[Progress], None] | None
+    ) -> list[PartOutcome]:
+        """Run the parts, each with what is shipped to it alone."""
         began = time.perf_counter()
+        shipped = self.ray.put(self.job)
+        task = self.ray.remote(
+            num_cpus=self.shape.threads, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD"
+        )(_task)
+        for part, share in shares.items():
+            self.pending[task.remote(shipped, part, share, self.board)] = part
         try:
             while self.pending:
                 ready, _ = self.ray.wait(list(self.pending), timeout=_POLL_S)
@@ -179,7 +226,7 @@ class _Run:
                 self.ray.kill(self.board)
         problems: list[Problem] = [x for outcome in self.outcomes for x in outcome.problems]
         if problems:
-            raise CheckpointError(self.job.plan.source, problems)
+            raise CheckpointError(self.source, problems)
         return self.outcomes
 
     def _outcome(self, reference: Any) -> PartOutcome:

@@ -52,13 +52,14 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def replace_file(path: Path) -> Iterator[BinaryIO]:
+def replace_file(path: Path, suffix: str = "new") -> Iterator[BinaryIO]:
     """Write a file whole or not at all: yield a new file that then takes the place of ``path``.
 
     It is synced before it is renamed; ``fsync(path.parent)`` makes the new name durable too. After
-    an error, an OSError if it cannot be written or renamed, ``path`` is as before.
+    an error, an OSError if it cannot be written or renamed, ``path`` is as before. ``suffix`` is
+    that of the new file; processes that may write one file at a time need different ones.
     """
-    fresh = path.with_name(f"{path.name}.new")
+    fresh = path.with_name(f"{path.name}.{suffix}")
     try:
         with fresh.open("wb") as file:
             yield file

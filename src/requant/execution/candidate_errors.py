@@ -33,6 +33,11 @@ class Trial:
     layer: str
     candidates: Mapping[str, Step]  # candidate -> its step, which reads the same rows as the others
 
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of the source that are read for it."""
+        return next(iter(self.candidates.values())).bytes_in
+
     def dense_step(self, number: int) -> Step:
         """The step that gives the rows as values, as trial ``number`` of a ``CandidateErrors``."""
         step = next(iter(self.candidates.values()))

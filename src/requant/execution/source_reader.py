@@ -35,7 +35,7 @@ class RunCancelled(Exception):
 class SourceReader:
     """The source's files, open for positioned reads from any thread.
 
-    Files of a folder are opened at once, those of the hub when they are downloaded.
+    Needed files of a folder are opened at once, those of the hub when they are downloaded.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SourceReader:
             self.downloader.start(self.needed)
             return self
         try:
-            for name in self.sizes:
+            for name in self.needed:
                 if name not in self.consumed:
                     self._open(name, self.path / name)
         except BaseException:

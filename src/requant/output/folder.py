@@ -19,13 +19,19 @@ from requant.core.files import fsync, open_regular
 from requant.errors import InvariantError, OutputError
 from requant.execution.completed_work import CompletedWork
 from requant.output.journal import Journal, read_journal
-from requant.output.part_journals import add_run, read_command, read_part_journals
+from requant.output.journaled_sink import JournaledSink
+from requant.output.part_journals import (
+    add_run,
+    files_deleted_by_parts,
+    read_command,
+    read_part_journals,
+)
 from requant.output.preflight import check_output
 from requant.output.progress import JournaledProgress
 from requant.output.record import build_record, encode_json, version
-from requant.output.shard_files import ShardFiles, write_error
+from requant.output.shard_files import write_error
 from requant.output.source_removal import SourceRemoval
-from requant.output.staging import StagingFolder, bytes_on_disk
+from requant.output.staging import bytes_on_disk
 from requant.planning.plan import Plan
 from requant.planning.release_order import peak_disk_bytes
 from requant.text import pluralize_are
@@ -33,7 +39,7 @@ from requant.text import pluralize_are
 _COPIED_BYTES = 1 << 20
 
 
-class OutputFolder:
+class OutputFolder(JournaledSink):
     """The ``Sink`` of a conversion into a folder, which appears under its name when it is complete.
 
     A context manager. Leaving it without ``publish`` removes what was written; leaving it by an
@@ -56,15 +62,10 @@ class OutputFolder:
         options: Mapping[str, Any] | None = None,
         consume: bool = False,
     ) -> None:
-        self.plan, self.source, self.output = plan, source, output
-        self.force, self.resume = force, resume
+        super().__init__(plan, source, output, force)
+        self.resume, self.resumed = resume, False
         self.options = dict(options or {})
-        self.staging = StagingFolder(output)
-        self.resumed = False
-        self._files = ShardFiles(self.staging.staged_output, output, plan.shards)
         self._removal = SourceRemoval(plan, source, self.staging.header_stubs) if consume else None
-        self._journal: Journal | None = None
-        self._progress: JournaledProgress | None = None
 
     # -- opening -------------------------------------------------------------------------
 
@@ -104,7 +105,8 @@ class OutputFolder:
         before, done = read_journal(self.staging.journal)
         if not before and (command := read_command(self.staging.parts)) is not None:
             before = {**head, **{key: command.get(key) for key in ("requant", "plan")}}
-        deleted = done.deleted_sources
+        by_parts = files_deleted_by_parts(self.staging.parts)
+        deleted = list(dict.fromkeys((*done.deleted_sources, *by_parts)))
         if deleted and not (self.resume and self._removal):
             raise OutputError(
                 f"{self.output}: {pluralize_are(len(deleted), 'source file')} deleted already, and "
@@ -112,8 +114,8 @@ class OutputFolder:
                 "resume with --consume-source --yes"
             )
         if before and self.resume:
-            for name in deleted:
-                head["sources"].setdefault(name, before["sources"].get(name))
+            for name in before["sources"].keys() & {*deleted}:
+                head["sources"].setdefault(name, before["sources"][name])
             changed = describe_change(before, head)
             if changed:
                 raise OutputError(
@@ -138,27 +140,6 @@ class OutputFolder:
         self._progress = JournaledProgress(self.plan, self._journal, self._files, self._removal)
         if self._removal is not None:
             self._removal.start(self._journal)
-
-    def _sync(self) -> None:
-        self._files.sync_data()
-        self.staging.sync_names()
-
-    # -- running -------------------------------------------------------------------------
-
-    @property
-    def progress_log(self) -> JournaledProgress:
-        """Where a run records what is done."""
-        assert self._progress is not None, "the folder was not entered"
-        return self._progress
-
-    @property
-    def shards(self) -> ShardFiles:
-        """The shards as open files."""
-        return self._files
-
-    def write(self, file: str, offset: int, data: memoryview) -> None:
-        """Write ``data`` at an absolute offset of a shard; thread-safe."""
-        self._files.write(file, offset, data)
 
     # -- the end -------------------------------------------------------------------------
 
@@ -241,9 +222,7 @@ class OutputFolder:
 
     def _cleanup(self, error: BaseException | None) -> None:
         """Close everything; keep what another run can resume from."""
-        if self._journal is not None:
-            self._journal.close()
-        self._files.close()
+        self._close_files()
         if not self.staging.is_locked:
             return
         has_only_copy = self._has_only_copy()
@@ -270,7 +249,8 @@ class OutputFolder:
     def _has_only_copy(self) -> bool:
         """Whether the data of deleted source files is in the hidden folder, and nowhere else."""
         if self._journal is None:
-            return bool(read_journal(self.staging.journal)[1].deleted_sources)
+            deleted = read_journal(self.staging.journal)[1].deleted_sources
+            return bool(deleted or files_deleted_by_parts(self.staging.parts))
         return bool(self._journal.state.deleted_sources) and self.staging.staged_output.exists()
 
 

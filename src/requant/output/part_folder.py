@@ -14,26 +14,32 @@ from requant.errors import OutputError
 from requant.execution.completed_work import CompletedWork
 from requant.output.folder import describe_change, journal_header
 from requant.output.journal import Journal, read_journal
+from requant.output.journaled_sink import JournaledSink
 from requant.output.part_journals import (
     add_run,
     agree_on_command,
+    follows,
     new_journal_path,
+    read_budget,
     read_part_journals,
 )
 from requant.output.preflight import check_output
 from requant.output.progress import JournaledProgress
-from requant.output.shard_files import ShardFiles, write_error
-from requant.output.staging import StagingFolder, bytes_on_disk
+from requant.output.shard_files import write_error
+from requant.output.source_removal import SourceRemoval
+from requant.output.staging import bytes_on_disk
 from requant.planning.parts import steps_of_part
 from requant.planning.plan import Plan
 from requant.quantization.part import Part
 
 
-class PartFolder:
+class PartFolder(JournaledSink):
     """The ``Sink`` of one part of a conversion. A context manager.
 
     ``command`` is what ``join`` repeats the plan from. What earlier runs of the part have done is
     not done again; a run that stops keeps what it did. ``force`` allows an output that exists.
+    ``consume`` deletes source files that belong to the part, once all made from them is durable;
+    all parts must have been checked before.
     """
 
     def __init__(
@@ -44,15 +50,13 @@ class PartFolder:
         part: Part,
         command: Mapping[str, Any],
         force: bool = False,
+        consume: bool = False,
     ) -> None:
-        self.plan, self.source, self.output = plan, source, output
-        self.part, self.force = part, force
-        self.steps = steps_of_part(plan, part)
-        self.staging = StagingFolder(output)
+        super().__init__(plan, source, output, force)
+        self.part = part
+        self.steps = steps_of_part(plan, part, whole_files=consume)
+        self._consume = consume
         self._command = dict(command)
-        self._files = ShardFiles(self.staging.staged_output, output, plan.shards)
-        self._journal: Journal | None = None
-        self._progress: JournaledProgress | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -88,7 +92,17 @@ class PartFolder:
         whole, done_before = read_journal(self.staging.journal)
         self._check_same(whole, head)
         command = {**self._command, "requant": head["requant"], "plan": head["plan"]}
-        self._check_same(agree_on_command(self.staging.parts, command), head)
+        budget = read_budget(self.staging.parts)
+        if budget is not None and not follows(command, budget):
+            self._check_same({**head, "plan": None}, head)
+        agreed = agree_on_command(self.staging.parts, command)
+        self._check_same(agreed, head)
+        if agreed.get("consume") != command.get("consume"):
+            raise OutputError(
+                f"{self.output}: with --consume-source every part has it, and the same count: "
+                f"{agreed.get('consume') or 'none'} in the parts that were begun, here "
+                f"{command.get('consume') or 'none'}"
+            )
         return head, done_before
 
     def _open(self, head: dict[str, Any], done_before: CompletedWork) -> None:
@@ -99,7 +113,15 @@ class PartFolder:
         add_run(done, done_before, steps)
         path = new_journal_path(self.staging.parts, self.part)
         self._journal = Journal(path, head, done, self._sync)
-        self._progress = JournaledProgress(self.plan, self._journal, self._files, steps=self.steps)
+        removal = None
+        if self._consume:
+            stubs = self.staging.header_stubs
+            removal = SourceRemoval(self.plan, self.source, stubs, self.steps)
+        self._progress = JournaledProgress(
+            self.plan, self._journal, self._files, removal, self.steps
+        )
+        if removal is not None:
+            removal.start(self._journal)
 
     def _check_same(self, before: Mapping[str, Any], head: Mapping[str, Any]) -> None:
         """Check that what another process began in the folder is the same conversion."""
@@ -111,25 +133,6 @@ class PartFolder:
                 f"{self.staging.path}, and {changed}; give the same command in every part, or "
                 f"remove {self.staging.path} to start over"
             )
-
-    def _sync(self) -> None:
-        self._files.sync_data()
-        self.staging.sync_names()
-
-    @property
-    def shards(self) -> ShardFiles:
-        """Where a run may write without ``write``."""
-        return self._files
-
-    @property
-    def progress_log(self) -> JournaledProgress:
-        """Where a run records what is done."""
-        assert self._progress is not None, "the folder was not entered"
-        return self._progress
-
-    def write(self, file: str, offset: int, data: memoryview) -> None:
-        """Write ``data`` at an absolute offset of a shard; thread-safe."""
-        self._files.write(file, offset, data)
 
     def finish(self) -> None:
         """Hash what is complete, make everything durable, and then record that the part is done.
@@ -151,7 +154,5 @@ class PartFolder:
         self._close()
 
     def _close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        self._files.close()
+        self._close_files()
         self.staging.unlock()

@@ -1,6 +1,9 @@
 """What the parts of an output have in common: one command, and a journal for each run of a part.
 
     parts/command           what every part was made from; the first part writes it
+    parts/checked.3-of-8    with --consume-source: part 3 was computed once, without errors
+    parts/budget            with --budget: what was asked for before the bits were chosen
+    parts/measured.3-of-8.… with --budget: what one run of part 3 has measured
     parts/3-of-8.1f6c02ab   the journal of one run of part 3; a part that ran twice has two
 
 Files are made whole under another name and then linked, which is atomic on network file systems
@@ -12,19 +15,19 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from requant.core.files import fsync
+from requant.core.files import fsync, replace_file
 from requant.errors import OutputError
 from requant.execution.completed_work import CompletedWork
 from requant.output.journal import boot_id, read_journal
 from requant.quantization.part import Part
 
-_COMMAND = "command"
+_COMMAND, _BUDGET, _CHECKED = "command", "budget", "checked"
 
 
 def agree_on_command(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,10 +36,23 @@ def agree_on_command(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         OutputError: What is there is not readable.
     """
+    return _agree(parts / _COMMAND, command, read_command)
+
+
+def agree_on_budget(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for what was asked for before the bits of layers were chosen."""
+    return _agree(parts / _BUDGET, command, read_budget)
+
+
+def _agree(
+    target: Path,
+    command: Mapping[str, Any],
+    read: Callable[[Path], dict[str, Any] | None],
+) -> dict[str, Any]:
+    parts = target.parent
     parts.mkdir(exist_ok=True)
-    target = parts / _COMMAND
     if not target.exists():
-        draft = parts / f"{_COMMAND}.{secrets.token_hex(4)}"
+        draft = parts / f"{target.name}.{secrets.token_hex(4)}"
         with draft.open("wb") as file:
             file.write(json.dumps(command, separators=(",", ":")).encode() + b"\n")
             file.flush()
@@ -45,7 +61,7 @@ def agree_on_command(parts: Path, command: Mapping[str, Any]) -> dict[str, Any]:
             os.link(draft, target)
         draft.unlink()
         fsync(parts)
-    found = read_command(parts)
+    found = read(parts)
     if found is None:
         raise OutputError(
             f"{target} is not what a part writes; remove that file and run a part again"
@@ -60,11 +76,29 @@ def command_file(parts: Path) -> Path:
 
 def read_command(parts: Path) -> dict[str, Any] | None:
     """What the parts are made from; None where there are none."""
+    return _read(parts / _COMMAND, "plan")
+
+
+def read_budget(parts: Path) -> dict[str, Any] | None:
+    """What was asked for before the bits of layers were chosen; None where nothing was."""
+    return _read(parts / _BUDGET, "options")
+
+
+def follows(command: Mapping[str, Any], budget: Mapping[str, Any]) -> bool:
+    """Whether a command is what a budget became when the bits were chosen."""
+
+    def asked(options: Mapping[str, Any]) -> dict[str, Any]:
+        return {**options, "quantization": None, "recipe": None}
+
+    return asked(command.get("options", {})) == asked(budget["options"])
+
+
+def _read(path: Path, key: str) -> dict[str, Any] | None:
     try:
-        command = json.loads((parts / _COMMAND).read_bytes())
+        command = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return command if isinstance(command, dict) and "plan" in command else None
+    return command if isinstance(command, dict) and key in command else None
 
 
 def new_journal_path(parts: Path, part: Part) -> Path:
@@ -94,10 +128,9 @@ def read_part_journals(
     """
     done = CompletedWork()
     finished, started = set(), set()
-    for path in sorted(parts.glob("*-of-*.*")) if parts.is_dir() else ():
+    for path in _journals(parts):
         part = _part_of(path)
-        if part is None:
-            continue
+        assert part is not None
         before, found = read_journal(path)
         if not before:
             continue  # killed before its first line
@@ -107,6 +140,31 @@ def read_part_journals(
             finished.add(part)
         add_run(done, found, steps)
     return PartJournals(done, frozenset(finished), frozenset(started))
+
+
+def files_deleted_by_parts(parts: Path) -> list[str]:
+    """The source files that parts have deleted, or are about to."""
+    found = [read_journal(path)[1] for path in _journals(parts)]
+    return sorted({name for done in found for name in done.deleted_sources})
+
+
+def mark_checked(parts: Path, part: Part) -> None:
+    """Note, durably, that a part was computed once and holds no errors: files may be deleted."""
+    with replace_file(parts / f"{_CHECKED}.{part.number}-of-{part.count}", secrets.token_hex(4)):
+        pass
+    fsync(parts)
+
+
+def unchecked_parts(parts: Path, count: int) -> list[Part]:
+    """The parts that were not computed yet."""
+    every = (Part(number, count) for number in range(1, count + 1))
+    return [x for x in every if not (parts / f"{_CHECKED}.{x.number}-of-{count}").exists()]
+
+
+def _journals(parts: Path) -> Iterator[Path]:
+    for path in sorted(parts.glob("*-of-*.*")) if parts.is_dir() else ():
+        if _part_of(path) is not None:
+            yield path
 
 
 def _part_of(path: Path) -> Part | None:
@@ -125,7 +183,9 @@ def _check_head(path: Path, before: Mapping[str, Any], head: Mapping[str, Any]) 
         )
     # Another machine may have a copy of the source, with other times of change.
     is_here = before.get("boot") == boot_id()
-    if is_here and before.get("sources") != json.loads(json.dumps(head["sources"])):
+    old, new = before.get("sources", {}), json.loads(json.dumps(head["sources"]))
+    # Parts may have deleted files since; a file that is gone for another reason cannot be planned.
+    if is_here and any(old[name] != new[name] for name in old.keys() & new.keys()):
         raise OutputError(
             f"{path}: the source was changed after this part of the output was made; remove "
             f"{staging} to start over"
@@ -158,3 +218,4 @@ def add_run(
                 done.stats[step] = found.stats[step]
     for name, digest in found.hashes.items():
         done.hashes.setdefault(name, digest)
+    done.deleted_sources += [x for x in found.deleted_sources if x not in done.deleted_sources]

@@ -32,6 +32,7 @@ class JournaledProgress:
         self.journal = journal
         self._plan, self._files, self._removal = plan, files, removal
         self._steps = range(len(plan.steps)) if steps is None else steps
+        self._own = frozenset(self._steps)
         written = None if steps is None else set(_output_names(plan, steps))
         self._tensors = {
             t.name: t
@@ -59,7 +60,7 @@ class JournaledProgress:
     def order(self) -> Sequence[int]:
         """The order of the plan, or one in which source files are free early."""
         if self._removal is not None:
-            return self._removal.release.order
+            return [number for number in self._removal.release.order if number in self._own]
         return self._steps
 
     def mark_done(self, step: int, start: int, stop: int, found: LayerStats) -> Sequence[str]:

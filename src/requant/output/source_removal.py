@@ -7,16 +7,17 @@ and the small tensors that planning read. A later run plans from header stubs as
 from __future__ import annotations
 
 import json
+import secrets
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from requant.checkpoints.byte_ranges import FileRange
 from requant.checkpoints.checkpoint import COMPARED, OpenedSource, SourceFile
 from requant.checkpoints.safetensors_header import PREFIX_BYTES
 from requant.core.files import fsync, replace_file
-from requant.errors import OutputError
+from requant.errors import CheckpointError, OutputError
 from requant.output.journal import Journal
 from requant.planning.plan import Plan
 from requant.planning.release_order import ReleaseOrder, plan_release_order
@@ -28,12 +29,22 @@ class SourceRemoval:
 
     Of a source on the hub the downloader deletes the files; what is needed again is downloaded
     again, so that nothing here is the only copy. Not thread-safe: the caller holds a lock around
-    ``count``.
+    ``count``. ``steps`` are those of a part, to which each file that they read belongs; all other
+    files are left alone.
     """
 
-    def __init__(self, plan: Plan, source: OpenedSource, header_stubs: Path) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        source: OpenedSource,
+        header_stubs: Path,
+        steps: Collection[int] | None = None,
+    ) -> None:
         self._plan, self._source, self._header_stubs = plan, source, header_stubs
         self.release: ReleaseOrder = plan_release_order(plan)
+        needs = self.release.needs
+        own = None if steps is None else {name for number in steps for name in needs[number]}
+        self._files = [file for file in plan.files if own is None or file.name in own]
         self._rows_left = Counter[str]()
 
     def add_rows(self, step: int, rows: int) -> None:
@@ -56,7 +67,7 @@ class SourceRemoval:
         Raises:
             OutputError: A source file is a link, or cannot be deleted.
         """
-        files, deleted = self._plan.files, journal.state.deleted_sources
+        files, deleted = self._files, journal.state.deleted_sources
         downloader = self._source.downloader
         if downloader is not None:
             for file in files:
@@ -72,7 +83,7 @@ class SourceRemoval:
                     f"{path} is a link: deleting it would free nothing, or what others use; "
                     "--consume-source wants the file itself"
                 )
-        write_header_stubs(self._source, files, self._header_stubs)
+        write_header_stubs(self._source, self._plan.files, self._header_stubs)
         for file in files:  # what the last run had no time to delete
             if not self._rows_left[file.name] and file.name not in deleted:
                 self.remove(file.name, journal)
@@ -96,19 +107,27 @@ def write_header_stubs(source: OpenedSource, files: Sequence[SourceFile], folder
         stub = folder / file.name
         if stub.exists():
             continue
-        stub.parent.mkdir(parents=True, exist_ok=True)
-        (length,) = struct.unpack("<Q", source.read_range(FileRange(file.name, 0, PREFIX_BYTES)))
-        header = FileRange(file.name, 0, PREFIX_BYTES + length)
-        with replace_file(stub) as new:
-            new.truncate(file.nbytes)
-            for part in (header, *source.small_tensor_ranges()):
-                if part.file == file.name:
-                    new.seek(part.offset)
-                    new.write(source.read_range(part))
-        fsync(stub.parent)
-    with replace_file(folder / COMPARED) as new:
+        try:
+            _write_header_stub(source, file, stub)
+        except CheckpointError:
+            if not stub.exists():  # else another part has written it, and deleted the file
+                raise
+    with replace_file(folder / COMPARED, secrets.token_hex(4)) as new:
         new.write(json.dumps(source.compared).encode())
     fsync(folder)
+
+
+def _write_header_stub(source: OpenedSource, file: SourceFile, stub: Path) -> None:
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    (length,) = struct.unpack("<Q", source.read_range(FileRange(file.name, 0, PREFIX_BYTES)))
+    header = FileRange(file.name, 0, PREFIX_BYTES + length)
+    with replace_file(stub, secrets.token_hex(4)) as new:
+        new.truncate(file.nbytes)
+        for part in (header, *source.small_tensor_ranges()):
+            if part.file == file.name:
+                new.seek(part.offset)
+                new.write(source.read_range(part))
+    fsync(stub.parent)
 
 
 def delete_source(path: Path) -> None:

@@ -30,7 +30,16 @@ def step_cost(step: Step) -> float:
     cost = step.bytes_in * _READ + bytes_out * _WRITE
     cost += values * (_VALUE[step.operation] + _SEARCH[step.search])
     if step.gptq and step.importance is not None:
-        columns = step.rows.columns
-        cost += values * columns * _GPTQ_VALUE
-        cost += len(step.importance.entries) * columns**3 * _FACTOR
+        cost += gptq_cost(step, len(step.importance.entries))
     return cost
+
+
+def gptq_cost(step: Step, hessians: int = 1) -> float:
+    """Nanoseconds that GPTQ adds to a step that encodes, with so many Hessians."""
+    columns = step.rows.columns
+    values = step.rows.count * columns
+    return (
+        0.0
+        if step.encode is None
+        else (values * _GPTQ_VALUE + hessians * columns**2 * _FACTOR) * columns
+    )

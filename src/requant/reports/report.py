@@ -100,6 +100,10 @@ class Report:
         part: The part of the plan that was run, and of which the plan is; None for the whole.
         rounding: Layer to the relative RMS error of rounding its scales, for each that keeps its
             codes; measured in every 16th row.
+        unmeasured: With a ``budget`` and a ``part``: layers that other parts have yet to measure.
+            Until they have, nothing is converted; give the same command again then.
+        unchecked: With ``consume_source`` and a ``part``: parts that are yet to be computed once
+            before a file of the source is deleted; the same then.
     """
 
     plan: Plan
@@ -111,6 +115,8 @@ class Report:
     load: LoadCheck | None = None
     part: Part | None = None
     rounding: Mapping[str, float] = field(default_factory=dict)
+    unmeasured: int = 0
+    unchecked: int = 0
 
     @staticmethod
     def build(plan: Plan, output: str, outcome: RunResult, elapsed_s: float) -> Report:
@@ -167,6 +173,8 @@ class Report:
             "dropped": [list(pair) for pair in plan.dropped],
             "notes": [note.text for note in plan.notes],
             "part": None if self.part is None else str(self.part),
+            "unmeasured": self.unmeasured,
+            "unchecked": self.unchecked,
             "load": None if self.load is None else self.load.to_dict(),
         }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -261,12 +261,18 @@ class Repository:
         state = f"convert downloads {what}" if missing else "all of its files are downloaded"
         return f"{self.source} at {self.commit[:12]} on the hub: {state}."
 
-    def start_download(self, checkpoint: Checkpoint, area: Path | None = None) -> Checkpoint:
+    def start_download(
+        self,
+        checkpoint: Checkpoint,
+        area: Path | None = None,
+        needed: Collection[str] | None = None,
+    ) -> Checkpoint:
         """Return the checkpoint with a downloader of its weight files.
 
         Small files are downloaded at once. Files that were downloaded before are not again. Weight
         files go to huggingface_hub's cache, or to the folder ``area``, where each is deleted when
-        nothing needs it any more.
+        nothing needs it any more. ``needed`` are the weight files for which there must be room in
+        the cache; None for all.
 
         Raises:
             HubError: A file cannot be downloaded, or the disk has too little room.
@@ -276,7 +282,7 @@ class Repository:
         if area is not None:
             storage = TemporaryStorage(area, self.name, self.commit)
         else:
-            self._check_room(cache)
+            self._check_room(cache, needed)
         small = {name: self._remote_file(name) for name in self.sizes if name not in weights}
         download_all(Downloads(small, cache), list(small))
         folder = cache.snapshot if small and not self.gguf else checkpoint.path
@@ -297,25 +303,30 @@ class Repository:
             raise HubError(f"{self.name}: {name}: the hub tells no hash of it, found {digest!r}")
         return RemoteFile(name, self.sizes[name], digest)
 
-    def _check_room(self, cache: HubCache) -> None:
+    def _check_room(self, cache: HubCache, needed: Collection[str] | None) -> None:
         free = shutil.disk_usage(_existing(cache.folder)).free
-        needed = self._bytes_to_download(cache)
-        if needed > free:
+        nbytes = self._bytes_to_download(cache, needed)
+        if nbytes > free:
             raise HubError(
-                f"{self.name}: the disk of {cache.folder} is too full: {needed:,} bytes are to be "
+                f"{self.name}: the disk of {cache.folder} is too full: {nbytes:,} bytes are to be "
                 f"downloaded, {free:,} are free; HF_HOME names another place"
             )
 
-    def _bytes_to_download(self, cache: HubCache) -> int:
+    def _bytes_to_download(self, cache: HubCache, needed: Collection[str] | None) -> int:
         """Bytes that are not yet in the cache; of incomplete files, the rest."""
         here = sum(x.stat().st_blocks * 512 for x in cache.folder.glob(f"blobs/*{SUFFIX}"))
-        return max(sum(self._missing().values()) - here, 0)
+        names = None if needed is None else {self._below + name for name in needed}
+        missing = self._missing().items()
+        return max(sum(n for name, n in missing if names is None or name in names) - here, 0)
 
-    def cache_bytes_on_disk_of(self, output: Path) -> int:
-        """Bytes of downloads to the cache if that is on the disk of ``output``; else 0."""
+    def cache_bytes_on_disk_of(self, output: Path, needed: Collection[str] | None = None) -> int:
+        """Bytes of downloads to the cache if that is on the disk of ``output``; else 0.
+
+        ``needed`` are those weight files that are downloaded; None for all.
+        """
         cache = HubCache(self.name, self.commit)
         one, other = (_existing(x.absolute()).stat().st_dev for x in (cache.folder, output))
-        return self._bytes_to_download(cache) if one == other else 0
+        return self._bytes_to_download(cache, needed) if one == other else 0
 
     def _missing(self) -> dict[str, int]:
         cache = HubCache(self.name, self.commit)
