@@ -149,9 +149,9 @@ class _Reader:
             return self._plain(path, parts, scheme)
         if codes.info.dtype == "U8" and (scheme.kind, scheme.bits) != ("float", 8):
             kind = f"{scheme.bits}-bit {scheme.kind}" if scheme.bits else scheme.kind
-            declared = f"{scheme.where} says {kind}" if scheme.where else ""
+            said = f"{scheme.where} says {kind}" if scheme.where else ""
             message = f"{codes.info} next to {scale.name} is FP8 only where the config says so"
-            message = f"{message}; {declared or 'it says nothing of this layer'}"
+            message = f"{message}; {said or 'it says nothing of this layer'}"
             raise LayerError(codes.name, message)
         if codes.info.dtype in FLOAT8:
             dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
@@ -374,7 +374,7 @@ class _Reader:
 
 
 def _is_shape_of(packed: SourceTensor, shape: SourceTensor) -> bool:
-    """Whether a ``weight_shape`` has rows and columns, or all axes, of a layer or of each expert."""
+    """Whether a ``weight_shape`` has two numbers, or all axes, for a layer or for each expert."""
     axes, last = len(packed.info.shape), shape.info.shape[-1:]
     fits = shape.info.shape[:-1] in ((), packed.info.shape[:-2]) and last in ((2,), (axes,))
     return shape.info.dtype.startswith(("I", "U")) and fits

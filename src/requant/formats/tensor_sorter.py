@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
@@ -74,23 +74,25 @@ def runtime_scales(
 class _Example(NamedTuple):
     """A layer by which others are described that differ in path and tensors alone."""
 
-    layer: SourceLayer
+    fields: Mapping[str, Any]  # of the layer, without path and parts
     roles: Mapping[str, str]  # role of each of its parts -> the role under which it was found
 
     @staticmethod
     def of(layer: SourceLayer, parts: Tensors) -> _Example | None:
-        """The example that a layer made of ``parts`` is; None if its path or names are elsewhere."""
+        """A layer made of ``parts`` as an example; None where other fields name tensors or paths."""
         if layer.row_ranges or layer.rotation_tensors or layer.global_scale or layer.as_named:
             return None
         found = {id(part): role for role, part in parts.items()}
         if layer.name or any(id(part) not in found for part in layer.parts.values()):
             return None
-        return _Example(layer, {role: found[id(part)] for role, part in layer.parts.items()})
+        values = {x.name: getattr(layer, x.name) for x in fields(layer)}
+        del values["path"], values["parts"]
+        return _Example(values, {role: found[id(part)] for role, part in layer.parts.items()})
 
     def like(self, path: str, parts: Tensors) -> SourceLayer:
         """The layer of ``path``, which is made of ``parts``."""
         own = {role: parts[found] for role, found in self.roles.items()}
-        return replace(self.layer, path=path, parts=own)
+        return SourceLayer(path=path, parts=own, **self.fields)
 
 
 class TensorSorter:

@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 from requant.checkpoints.checkpoint import ComputedTensor, SourceTensor
 from requant.core.dtypes import FLOATS, TensorInfo, shared_info
-from requant.core.sharing import shared
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import RowOrder, RowRange
 from requant.formats.widening import stored_rows, widened
@@ -115,7 +114,7 @@ def _packed_steps(
     outputs = output_tensor_infos(layer.shape, dtype, target)
     if layer.packing is None and options.dtype is None:  # of MLX's own: each keeps its dtype
         own = {role: part.info.dtype for role, part in layer.parts.items() if role != "weight"}
-        outputs = outputs | {r: TensorInfo(x, outputs[r].shape) for r, x in own.items()}
+        outputs = {**outputs, **{r: TensorInfo(x, outputs[r].shape) for r, x in own.items()}}
     names = {"weight": layer.dense_name} if target is None else {}
     encode = None if target is None else _encode_params(layer, target, packing.columns, options)
     output_row = 0
@@ -140,7 +139,8 @@ def _packed_steps(
     if layer.keeps_codes(target):
         for role, tensor in layer.rotation_tensors.items():
             yield _copy_or_cast_step(layer.path, tensor, None, name=f"{layer.path}.{role}")
-        yield from _global_scale_steps(layer)
+        if layer.global_scale:
+            yield from _global_scale_steps(layer)
 
 
 def _operation_on(
@@ -165,9 +165,7 @@ def _row_mapping(run: RowRange, columns: int, output_row: int) -> RowMapping:
 
 
 @lru_cache(maxsize=1 << 14)
-def _shared_mapping(
-    count: int, columns: int, first: int, step: int, output_row: int
-) -> RowMapping:
+def _shared_mapping(count: int, columns: int, first: int, step: int, output_row: int) -> RowMapping:
     return RowMapping(count=count, columns=columns, first=first, step=step, output_row=output_row)
 
 
