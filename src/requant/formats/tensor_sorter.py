@@ -79,7 +79,7 @@ class _Example(NamedTuple):
 
     @staticmethod
     def of(layer: SourceLayer, parts: Tensors) -> _Example | None:
-        """A layer made of ``parts`` as an example; None where other fields name tensors or paths."""
+        """A layer made of ``parts`` as an example; None if other fields name tensors or paths."""
         if layer.row_ranges or layer.rotation_tensors or layer.global_scale or layer.as_named:
             return None
         found = {id(part): role for role, part in parts.items()}
