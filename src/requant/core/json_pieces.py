@@ -14,7 +14,6 @@ from json.encoder import encode_basestring_ascii
 from types import NoneType
 from typing import Any, Final
 
-
 _ATOMS: Final = frozenset({str, int, bool, float, NoneType})  # data already
 
 
