@@ -201,9 +201,9 @@ def read_raw_header(file: BinaryIO, file_bytes: int) -> tuple[bytes, str]:
 
 def check_name(name: str) -> list[str]:
     """Return why a string is not a valid tensor name; an empty list if it is."""
-    if 0 < len(name) <= MAX_NAME_CHARS and name.isprintable():
-        if name[0] != "/" and ".." not in name:  # almost every name
-            return []
+    ordinary = 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
+    if ordinary and name[0] != "/" and ".." not in name:  # almost every name
+        return []
     if not name:
         return ["the name of a tensor is empty"]
     if len(name) > MAX_NAME_CHARS:
