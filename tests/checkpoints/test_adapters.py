@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import requant
+from requant.checkpoints.adapters import problems_in
 from requant.errors import CheckpointError
 from requant.sources.open import read_checkpoint
 from tests.support.checkpoints import write_folder
@@ -112,6 +113,61 @@ def test_a_folder_with_an_adapter_is_said_to_be_one(tmp_path: Path, case: str, w
     assert words in problem
     with pytest.raises(CheckpointError, match="adapter"):
         requant.inspect(folder)
+
+
+# Parts of names that only adapters have, of every tool: one of each.
+PARTS = [
+    "lora_A",
+    "lora_a",
+    "lora_B.weight",
+    "lora_E",
+    "lora_embedding_A",
+    "lora_magnitude_vector",
+    "lora_down.weight",
+    "lora_up",
+    "lora_mid",
+    "lora_bias",
+    "base_layer.weight",
+    "base_layer.qweight",
+    "modules_to_save.default",
+    "original_module",
+    "dora_scale",
+    "hada_w1",
+    "hada_w2_a",
+    "hada_t1",
+    "lokr_w1",
+    "lokr_w2_b",
+    "lokr_t2",
+    "oft_r",
+    "oft_R",
+    "oft_blocks",
+    "oft_diag",
+    "boft_R",
+    "boft_s",
+    "ia3_l",
+    "vera_lambda_b",
+    "vera_lambda_d",
+    "vblora_logits_A",
+    "fourierft_spectrum",
+    "hra_u",
+    "randlora_lambda",
+    "trainable_tokens_delta",
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_an_adapter_is_found_inside_a_model(part: str) -> None:
+    names = ["model.norm.weight", f"{LAYER}.{part}", f"{LAYER}.bias"]
+    (problem,) = problems_in(names)
+    assert problem.where == f"{LAYER}.{part}"
+    assert part.partition(".")[0] in problem.message
+
+
+@pytest.mark.parametrize(
+    "name", ["soft_oft_rows.weight", "oft_rows.weight", f"{LAYER}.base_layer.alpha", "lora.weight"]
+)
+def test_names_that_resemble_those_of_adapters_are_a_models_own(name: str) -> None:
+    assert problems_in(["model.norm.weight", name]) == []
 
 
 # -- next to a model ------------------------------------------------------------------------

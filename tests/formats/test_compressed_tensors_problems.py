@@ -123,3 +123,42 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
         write_quantized(tmp_path / "source", tensors, block(format="x")), tmp_path / "out"
     )
     assert all(word in text for word in ("up: ", "down.weight: ", ".format: is 'x'"))
+
+
+# Of three layers of one shape, what differs in the last -> what the plan says of it.
+UNLIKE = """
+c.weight_shape = I64 [2] 64 -> c.weight_shape: says [64, 64], but c.weight_packed is I32 [8, 8]
+c.weight_shape = F32 [2] 1 -> c.weight_shape: F32 [2], expected two whole numbers
+c.weight_scale = F16 [8, 4] 1 -> c.weight_scale: F16 [8, 4], expected [8, 2]
+c.weight_g_idx = I32 [64] 63 -> c.weight_g_idx: names groups 63 to 63, but there are 2
+- c.weight_zero_point -> c: has no weight_zero_point
+"""
+
+
+def alike() -> Tensors:
+    layer = {name: array for name, array in good().items() if name.startswith("up.")}
+    return {
+        f"{path}.{name.removeprefix('up.')}": array.copy()
+        for path in "abc"
+        for name, array in layer.items()
+    }
+
+
+@pytest.mark.parametrize(("changes", "words"), damages(UNLIKE))
+def test_a_layer_unlike_those_before_it(changes: str, words: list[str], tmp_path: Path) -> None:
+    """Layers of one kind are described once; each is compared with its own tensors all the same."""
+    tensors, config = alike(), block(group_size=32, symmetric=False)
+    damage(changes, tensors, config)
+    text = rejection(write_quantized(tmp_path / "source", tensors, config), tmp_path / "out")
+    assert all(word in text for word in words), text
+    assert "a.weight" not in text and "b.weight" not in text
+
+
+def test_layers_of_one_kind_have_their_own_tensors(tmp_path: Path) -> None:
+    tensors = alike()
+    for number, path in enumerate("abc"):
+        tensors[f"{path}.weight_packed"][:] = 0x11111111 * number
+    config = block(group_size=32, symmetric=False)
+    out, _ = convert(write_quantized(tmp_path / "s", tensors, config), tmp_path / "o")
+    codes = [set((out[f"{path}.weight"].view(np.uint32) & 15).ravel().tolist()) for path in "abc"]
+    assert codes == [{0}, {1}, {2}]

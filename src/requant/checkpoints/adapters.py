@@ -31,6 +31,12 @@ _PARTS = re.compile(
     r"|oft_(?:r|R|blocks|diag)|boft_[Rs]|ia3_l|vera_lambda_[bd]|vblora_\w+|fourierft_spectrum"
     r"|hra_u|randlora_\w+|trainable_tokens_delta)(?=\.|$)"
 )
+# What each of these parts begins with.
+_STARTS = (
+    *("lora_", "base_layer", "modules_to_save", "original_module", "dora_scale", "hada_", "lokr_"),
+    *("oft_", "boft_", "ia3_l", "vera_lambda_", "vblora_", "fourierft_spectrum", "hra_u"),
+    *("randlora_", "trainable_tokens_delta"),
+)
 _WRAPPED = {"base_layer", "original_module"}  # the model's own weights, inside an adapter's layer
 # PEFT's kinds that add tokens or inputs of their own: nothing can be added to the weights.
 _PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"}
@@ -43,15 +49,18 @@ def is_adapter_file(name: str) -> bool:
     return _FILES.fullmatch(name.rpartition("/")[2]) is not None
 
 
-def adapter_part(tensor: str) -> str:
-    """The part of a tensor's name that only adapters have; "" where there is none."""
-    found = _PARTS.search(tensor)
-    return found["part"] if found else ""
+def _adapter_parts(tensors: Iterable[str]) -> dict[str, re.Match[str]]:
+    """Name -> where it has a part that only adapters have, for the tensors that have one."""
+    names = tuple(tensors)
+    text = ".".join(("", *names))  # searched at once, which is much faster
+    if not any(f".{start}" in text for start in _STARTS):
+        return {}
+    return {name: match for name in names if (match := _PARTS.search(name))}
 
 
 def holds_only_an_adapter(tensors: Collection[str]) -> bool:
     """Whether all tensors belong to an adapter, in the names of PEFT, mlx-lm or LyCORIS."""
-    found = {name: match for name in tensors if (match := _PARTS.search(name))}
+    found = _adapter_parts(tensors)
     if not found or any(match["part"] in _WRAPPED for match in found.values()):
         return False
     scales = {f"{name[: match.start()]}.alpha" for name, match in found.items()}
@@ -89,7 +98,7 @@ def describe_adapter_next_to(names: Collection[str]) -> str:
 
 def problems_in(tensors: Iterable[str]) -> list[Problem]:
     """One problem about all tensors of adapters among those of a model."""
-    part_of = {name: part for name in tensors if (part := adapter_part(name))}
+    part_of = {name: match["part"] for name, match in _adapter_parts(tensors).items()}
     if not part_of:
         return []
     first = next(iter(part_of))

@@ -43,6 +43,7 @@ _VALUES_PER_TENSOR = 16  # of JSON, rank and separators included
 # one of them cannot be printed as it is.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]")
 _LFS_POINTER = b"version "
+_PIECES = 4096  # of a header's text, that are written at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +163,11 @@ def build_header(
 def write_sparse(
     file: BinaryIO, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> None:
-    """Write the header of ``build_header`` piece by piece, and a hole in place of the data."""
+    """Write the header of ``build_header`` in parts, and a hole in place of the data."""
     file.write(bytes(PREFIX_BYTES))
-    length = sum(file.write(piece.encode()) for piece in header_pieces(tensors, metadata))
+    pieces, length = header_pieces(tensors, metadata), 0
+    while text := "".join(islice(pieces, _PIECES)):
+        length += file.write(text.encode())
     length += file.write(b" " * (-length % 8))
     file.truncate(PREFIX_BYTES + length + sum(info.nbytes for info in tensors.values()))
     file.seek(0)
@@ -198,6 +201,9 @@ def read_raw_header(file: BinaryIO, file_bytes: int) -> tuple[bytes, str]:
 
 def check_name(name: str) -> list[str]:
     """Return why a string is not a valid tensor name; an empty list if it is."""
+    ordinary = 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
+    if ordinary and name[0] != "/" and ".." not in name:  # almost every name
+        return []
     if not name:
         return ["the name of a tensor is empty"]
     if len(name) > MAX_NAME_CHARS:

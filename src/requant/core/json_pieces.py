@@ -11,7 +11,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from json.encoder import encode_basestring_ascii
-from typing import Any
+from types import NoneType
+from typing import Any, Final
+
+_ATOMS: Final = frozenset({str, int, bool, float, NoneType})  # data already
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +27,15 @@ class Rows:
 def as_data(value: Any) -> Any:
     """What ``dataclasses.asdict`` returns, without copies of what is data already."""
     kind: Any = type(value)
-    if kind is str or kind is int:
+    if kind in _ATOMS:
         return value
     if kind is tuple:
-        return tuple([as_data(item) for item in value])
+        return tuple([x if type(x) in _ATOMS else as_data(x) for x in value])
     names = _field_names(kind)
     if names is not None:
-        return {name: as_data(getattr(value, name)) for name in names}
+        return {
+            name: x if type(x := getattr(value, name)) in _ATOMS else as_data(x) for name in names
+        }
     if kind is dict:
         return {key: as_data(item) for key, item in value.items()}
     if kind is list:
@@ -84,6 +89,10 @@ def _indented(value: Any, line: str) -> str:
     """A value, whose lines but the first begin with ``line``."""
     if isinstance(value, str):
         return encode_basestring_ascii(value)
+    if type(value) is int:
+        return repr(value)
+    if value is None:
+        return "null"
     inner = f"{line}  "
     if isinstance(value, dict) and value:
         entries = [f"{_key(key)}: {_indented(item, inner)}" for key, item in value.items()]

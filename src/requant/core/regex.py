@@ -66,7 +66,12 @@ class _TimeBudget:
         Raises:
             PatternError: It took too long, or all patterns together did.
         """
-        self.add(text, self.now() - began)
+        seconds = self.now() - began
+        each, total = self.each[text] + seconds, self.total + seconds
+        if each < MAX_PATTERN_S and total < MAX_PATTERNS_S:  # each of many searches comes here
+            self.each[text], self.total = each, total
+        else:
+            self.add(text, seconds)
 
     def add(self, text: str, seconds: float) -> None:
         """Count seconds that a pattern took; errors as of ``spend``."""

@@ -108,6 +108,6 @@ def _depth(value: object) -> int:
             item
             for outer in level
             for item in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(item, (dict, list))
+            if type(item) is dict or type(item) is list  # what json makes, and much faster asked
         ]
     return depth

@@ -8,6 +8,7 @@ codes, the group of a ragged row). Where the two contradict each other the layer
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -41,6 +42,8 @@ _SPARSE: Final = {
 }
 _WORDS = ("I32", "U32")
 _BYTES = ("U8", "F8_E4M3")
+_Declared = tuple[tuple[int, ...], ...] | None
+"""The rows of a ``weight_shape``; None where there is none, or it is not read."""
 
 
 class _Width(NamedTuple):
@@ -82,9 +85,15 @@ class _Reader:
         layers = sorter.layers_with(_ROLES)
         sorter.read_ahead(layers.values(), _READ)
         for path, parts in layers.items():
-            if _has_codes(parts) and (layer := sorter.make(path, parts, self._stack)):
+            if not _has_codes(parts):
+                continue
+            scheme, declared = self.config.of(path), self._declared(parts)
+            kind = (scheme, declared) if _is_integer(parts) else None
+            make = partial(self._stack, scheme, declared)
+            if layer := sorter.make(path, parts, make, kind):
+                used = {part.name for part in layer.parts.values()}
                 for part in parts.values():
-                    if part not in layer.parts.values():
+                    if part.name not in used:
                         sorter.drop(part.name, "only says the shape of its weight")
         sorter.drop_runtime_scales()
         self._check_loose()
@@ -104,19 +113,23 @@ class _Reader:
         named = [path for path, x in schemes if x.bits and not self.config.ignores(path)]
         sorter.note_dense(f"{self.config.where}.config_groups", named)
 
-    def _stack(self, path: str, parts: Tensors) -> SourceLayer | None:
+    def _stack(
+        self, scheme: Scheme, declared: _Declared, path: str, parts: Tensors
+    ) -> SourceLayer | None:
         """A layer; of a stack whose packed codes are stored ``(experts, in, out)``, by expert."""
         codes, scale = _codes(parts), parts.get("weight_scale")
         floats = codes.info.dtype in FLOAT8[:2]
         if scale is None or floats or not are_transposed(codes.info, scale.info):
-            return self._layer(path, parts)
+            return self._layer(path, parts, scheme, declared)
         parts = {role: part for role, part in parts.items() if role != "weight_shape"}
         roles = tuple(role for role, part in parts.items() if len(part.info.shape) == 3)
         experts = Experts.of(codes.info.shape[0], parts, roles)
-        layer = self._layer(path, experts.one())
+        layer = self._layer(path, experts.one(), scheme, None)
         return None if layer is None else experts.stack(layer)
 
-    def _layer(self, path: str, parts: Tensors) -> SourceLayer | None:
+    def _layer(
+        self, path: str, parts: Tensors, scheme: Scheme, declared: _Declared
+    ) -> SourceLayer | None:
         codes, scale = _codes(parts), parts.get("weight_scale")
         if scale is None:
             others = ", ".join(sorted(parts.keys() - {"weight", "weight_packed"}))
@@ -128,27 +141,28 @@ class _Reader:
         if "weight_packed" in parts and "weight" in parts:
             message = "has both weight_packed and weight; remove the one that is stale"
             raise LayerError(path, message)
-        scheme = self.config.of(path)
         if "weight_packed" in parts:
             if codes.info.dtype in _WORDS:
-                return self._packed(path, parts, scheme)
+                return self._packed(path, parts, scheme, declared)
             return self._small_floats(path, parts)
         if codes.info.dtype == "I8":
             return self._plain(path, parts, scheme)
         if codes.info.dtype == "U8" and (scheme.kind, scheme.bits) != ("float", 8):
             kind = f"{scheme.bits}-bit {scheme.kind}" if scheme.bits else scheme.kind
-            declared = f"{scheme.where} says {kind}" if scheme.where else ""
+            said = f"{scheme.where} says {kind}" if scheme.where else ""
             message = f"{codes.info} next to {scale.name} is FP8 only where the config says so"
-            message = f"{message}; {declared or 'it says nothing of this layer'}"
+            message = f"{message}; {said or 'it says nothing of this layer'}"
             raise LayerError(codes.name, message)
         if codes.info.dtype in FLOAT8:
             dtype = scale_dtype(scale.info.dtype, self.sorter.dtype)
             return float8_stack(self.sorter, path, codes, scale, block=scheme.block, dtype=dtype)
         raise unexpected(codes, "I8 or F8_E4M3 codes")
 
-    def _packed(self, path: str, parts: Tensors, scheme: Scheme) -> SourceLayer | None:
+    def _packed(
+        self, path: str, parts: Tensors, scheme: Scheme, declared: _Declared
+    ) -> SourceLayer | None:
         *leading, n_out, _ = parts["weight_packed"].info.shape
-        n_in = self._columns(path, parts, scheme)
+        n_in = _columns(path, parts, scheme, declared)
         width = self._width(parts["weight_packed"], n_in, scheme)
         shape = (*leading, n_out, n_in)
         fields = self._fields(path, parts, shape, scheme, width)
@@ -245,30 +259,15 @@ class _Reader:
             policy=replace(layer.policy, reason=reason, act_order=True),
         )
 
-    def _columns(self, path: str, parts: Tensors, scheme: Scheme) -> int:
-        """Inputs: what weight_shape says, else what the words hold."""
-        packed, shape = parts["weight_packed"], parts.get("weight_shape")
-        n_out, words = packed.info.shape[-2:]
-        if shape is None:
-            bits = scheme.bits
-            if bits is None or not 1 <= bits <= 8 or words * 32 % bits:
-                raise LayerError(
-                    path, "has no weight_shape, and the config does not give its inputs"
-                )
-            return words * 32 // bits
-        axes, last = len(packed.info.shape), shape.info.shape[-1:]
-        fits = shape.info.shape[:-1] in ((), packed.info.shape[:-2]) and last in ((2,), (axes,))
-        if not shape.info.dtype.startswith(("I", "U")) or not fits:
-            raise unexpected(shape, "two whole numbers: outputs, inputs")
-        declared = self.checkpoint.read_small_tensor(shape.name).reshape(-1, *last).tolist()
-        *leading, rows, columns = declared[0]
-        if any(x != declared[0] for x in declared):
-            raise LayerError(shape.name, "says other numbers for some experts than for the first")
-        fits = (*leading, rows) in ((n_out,), packed.info.shape[:-1])
-        if not fits or columns < 1:
-            message = f"says {[*leading, rows, columns]}, but {packed.name} is {packed.info}"
-            raise LayerError(shape.name, message)
-        return int(columns)
+    def _declared(self, parts: Tensors) -> _Declared:
+        """The rows of ``weight_shape``, one or one an expert; None where it is not read."""
+        packed, shape = parts.get("weight_packed"), parts.get("weight_shape")
+        if packed is None or shape is None or not _is_shape_of(packed, shape):
+            return None
+        if packed.info.dtype not in _WORDS:
+            return None
+        rows = self.checkpoint.read_small_tensor(shape.name).reshape(-1, shape.info.shape[-1])
+        return tuple(map(tuple, rows.tolist()))
 
     def _group(
         self, path: str, parts: Tensors, shape: tuple[int, ...], scheme: Scheme
@@ -372,6 +371,40 @@ class _Reader:
             f"{packed.info} with a weight_scale {scale.info} is neither nvfp4 (16 inputs a scale, "
             "E4M3, weight_global_scale) nor mxfp4 or mxfp6 (32 inputs a scale, U8)",
         )
+
+
+def _is_shape_of(packed: SourceTensor, shape: SourceTensor) -> bool:
+    """Whether a ``weight_shape`` has two numbers, or all axes, for a layer or for each expert."""
+    axes, last = len(packed.info.shape), shape.info.shape[-1:]
+    fits = shape.info.shape[:-1] in ((), packed.info.shape[:-2]) and last in ((2,), (axes,))
+    return shape.info.dtype.startswith(("I", "U")) and fits
+
+
+def _columns(path: str, parts: Tensors, scheme: Scheme, declared: _Declared) -> int:
+    """Inputs: what weight_shape says, else what the words hold."""
+    packed, shape = parts["weight_packed"], parts.get("weight_shape")
+    n_out, words = packed.info.shape[-2:]
+    if shape is None:
+        bits = scheme.bits
+        if bits is None or not 1 <= bits <= 8 or words * 32 % bits:
+            raise LayerError(path, "has no weight_shape, and the config does not give its inputs")
+        return words * 32 // bits
+    if declared is None:
+        raise unexpected(shape, "two whole numbers: outputs, inputs")
+    *leading, rows, columns = declared[0]
+    if any(x != declared[0] for x in declared):
+        raise LayerError(shape.name, "says other numbers for some experts than for the first")
+    fits = (*leading, rows) in ((n_out,), packed.info.shape[:-1])
+    if not fits or columns < 1:
+        message = f"says {[*leading, rows, columns]}, but {packed.name} is {packed.info}"
+        raise LayerError(shape.name, message)
+    return columns
+
+
+def _is_integer(parts: Tensors) -> bool:
+    """Whether codes are integers in the order of their inputs: no value but weight_shape counts."""
+    dtypes = _WORDS if "weight_packed" in parts else ("I8",)
+    return _codes(parts).info.dtype in dtypes and "weight_g_idx" not in parts
 
 
 def _codes(parts: Tensors) -> SourceTensor:

@@ -52,6 +52,9 @@ class Scheme:
         return self.actorder.lower() in ("group", "dynamic", "true")
 
 
+_NO_SCHEME = Scheme()
+
+
 class CtConfig:
     """The block, checked when made."""
 
@@ -84,7 +87,7 @@ class CtConfig:
         for pattern, scheme in self._patterns:
             if pattern.match(path):
                 return scheme
-        return self._by_class.get("embed" in path.rpartition(".")[2], Scheme())
+        return self._by_class.get("embed" in path.rpartition(".")[2], _NO_SCHEME)
 
     def ignores(self, path: str) -> bool:
         """Whether an entry of ``ignore`` names a layer."""

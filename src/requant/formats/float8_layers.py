@@ -5,12 +5,13 @@ MXFP4, MXFP6 and MXFP8 have a scale of E8M0 for each 32 inputs, as in MLX.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
-from typing import Any
+from functools import lru_cache
+from math import frexp, prod
+from typing import Any, NamedTuple
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
+from requant.core.dtypes import TensorInfo
 from requant.core.reasons import Reason, ReasonCode
 from requant.core.sharing import shared
 from requant.formats.base import DefaultPolicy, SourceLayer, packed_layer
@@ -52,8 +53,9 @@ def block_pair(value: Any) -> tuple[int, int] | None:
     return value[0], value[1]
 
 
+@lru_cache(maxsize=1 << 12)
 def tile_of(
-    shape: Sequence[int], scale: Sequence[int], block: tuple[int, int] | None
+    shape: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int] | None
 ) -> tuple[int, int] | None:
     """Rows and columns of the tiles that ``scale`` divides a weight into, or None.
 
@@ -86,6 +88,14 @@ def tile_of(
     return None
 
 
+class _Stored(NamedTuple):
+    """How an FP8 layer is stored, whichever its path and tensors are."""
+
+    packing: Float8
+    description: str
+    policy: DefaultPolicy
+
+
 def float8_layer(
     checkpoint: Checkpoint,
     path: str,
@@ -100,15 +110,31 @@ def float8_layer(
     in order; a tile over all matrices has the rows of all. ``dtype`` is that of the decoded values.
     """
     shape = weight.info.shape
-    rows, columns = prod(shape[:-1]), shape[-1]
-    matrix = rows if scale.info.size == 1 else shape[-2]
-    width = scale.info.shape[-1] if scale.info.shape else 1
-    if tile == (1, 32) and scale.info.dtype in EXPONENTS and columns % 32 == 0:
+    if tile == (1, 32) and scale.info.dtype in EXPONENTS and shape[-1] % 32 == 0:
         return mx_layer(path, weight, scale, dtype, bits=8)
-    packing = Float8(rows, columns, matrix, tile, width)
-    if packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
-        packing = replace(packing, exact=True)
-    packing = shared(packing)
+    stored = _stored(weight.info, scale.info, tile, dtype)
+    if stored.packing.fits_mxfp8 and _powers_of_two(checkpoint, scale, weight):
+        stored = _stored(weight.info, scale.info, tile, dtype, exact=True)
+    return SourceLayer(
+        path=path,
+        parts={"weight": weight, "scale": scale},
+        encoding=MXFP8 if stored.packing.exact else None,
+        shape=shape,
+        dtype=dtype,
+        packing=stored.packing,
+        stored_description=stored.description,
+        policy=stored.policy,
+    )
+
+
+@lru_cache(maxsize=1 << 12)
+def _stored(
+    weight: TensorInfo, scale: TensorInfo, tile: tuple[int, int], dtype: str, exact: bool = False
+) -> _Stored:
+    rows, columns = prod(weight.shape[:-1]), weight.shape[-1]
+    matrix = rows if scale.size == 1 else weight.shape[-2]
+    width = scale.shape[-1] if scale.shape else 1
+    packing = shared(Float8(rows, columns, matrix, tile, width, exact=exact))
     high, wide = tile
     if (high, wide) == (1, columns):
         scales = "one scale a channel"
@@ -116,30 +142,20 @@ def float8_layer(
         scales = "one scale a tensor"
     else:
         scales = f"one scale for {high}x{wide}"
-    kind = "e4m3fnuz" if weight.info.dtype == "F8_E4M3FNUZ" else "e4m3"
-    stored = f"fp8 {kind}, {scales}"
-    policy = DefaultPolicy()
-    if not packing.exact:
-        reason = "no mode of MLX holds FP8 with such scales"
-        requires_choice = (
-            f"is stored as {stored}; {reason}, so say what it becomes: add --bits 8 (8.5 bits a "
-            "weight), --mode mxfp8 (8.25), --bits 4 (4.5) or --dequantize "
-            f"({'32' if dtype == 'F32' else '16'})"
-        )
-        policy = DefaultPolicy(
-            reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
-        )
-        policy = shared(policy)
-    return SourceLayer(
-        path=path,
-        parts={"weight": weight, "scale": scale},
-        encoding=MXFP8 if packing.exact else None,
-        shape=shape,
-        dtype=dtype,
-        packing=packing,
-        stored_description=shared(stored),
-        policy=policy,
+    kind = "e4m3fnuz" if weight.dtype == "F8_E4M3FNUZ" else "e4m3"
+    description = shared(f"fp8 {kind}, {scales}")
+    if exact:
+        return _Stored(packing, description, DefaultPolicy())
+    reason = "no mode of MLX holds FP8 with such scales"
+    requires_choice = (
+        f"is stored as {description}; {reason}, so say what it becomes: add --bits 8 (8.5 bits a "
+        "weight), --mode mxfp8 (8.25), --bits 4 (4.5) or --dequantize "
+        f"({'32' if dtype == 'F32' else '16'})"
     )
+    policy = DefaultPolicy(
+        reason=Reason(ReasonCode.NO_MLX_MODE, reason), requires_choice=requires_choice
+    )
+    return _Stored(packing, description, shared(policy))
 
 
 def float8_stack(
@@ -221,4 +237,8 @@ def _powers_of_two(checkpoint: Checkpoint, scale: SourceTensor, weight: SourceTe
         return False
     if scale.info.dtype in EXPONENTS:
         return True
-    return exponent_bytes(checkpoint.read_small_tensor(scale.name)) is not None
+    values = checkpoint.read_small_tensor(scale.name)
+    # Almost always the first scale tells, and it is much faster to look at than all.
+    if values.size and frexp(float(values.flat[0]))[0] != 0.5:
+        return False
+    return exponent_bytes(values) is not None

@@ -80,18 +80,25 @@ class ScaleName:
         return self.of_weight or self.word not in _COMMON
 
 
-def parse_scale_name(name: str) -> ScaleName | None:
-    """Split a name; None where it is none of a scale, a zero point or the like."""
+def _split(name: str) -> tuple[int, Role, str, bool] | None:
+    """What ``_parse_ending`` says of a name."""
     # What a name is called by has three dots at the most, and few endings are different:
     # layers.7.mlp.up_proj.weight_scale is parsed as ..mlp.up_proj.weight_scale once for all layers.
     parts = name.rsplit(".", 3)
     before = parts[0] if len(parts) == 4 else ""
     found = _parse_ending(f".{name[len(before) :]}" if before else name)
+    if found is None or found[0] == len(name):
+        return None
+    return found
+
+
+def parse_scale_name(name: str) -> ScaleName | None:
+    """Split a name; None where it is none of a scale, a zero point or the like."""
+    found = _split(name)
     if found is None:
         return None
     end, role, word, of_weight = found
-    path = name[: len(name) - end]
-    return ScaleName(name, path, role, word, of_weight) if path else None
+    return ScaleName(name, name[:-end], role, word, of_weight)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -137,12 +144,13 @@ class ScaleNames:
         self._names = frozenset(names)
         self._adjacent: dict[str, list[ScaleName]] = {}
         for name in sorted(self._names):
-            found = parse_scale_name(name)
+            found = _split(name)
             if found is not None:
-                adjacent = self._adjacent.setdefault(found.path, [])
+                end, role, word, of_weight = found
+                adjacent = self._adjacent.setdefault(name[:-end], [])
                 # One text for the path of all of a layer's scales.
-                path = adjacent[0].path if adjacent else found.path
-                adjacent.append(ScaleName(name, path, found.role, found.word, found.of_weight))
+                path = adjacent[0].path if adjacent else name[:-end]
+                adjacent.append(ScaleName(name, path, role, word, of_weight))
 
     def get(self, name: str) -> ScaleName | None:
         """The parts of a name; None unless it is that of a scale, a zero point or the like."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
+from typing import Any, NamedTuple
 
 from requant.checkpoints.checkpoint import Checkpoint, SourceTensor
 from requant.core.dtypes import FLOATS
@@ -69,6 +71,30 @@ def runtime_scales(
     return dropped, notes
 
 
+class _Example(NamedTuple):
+    """A layer by which others are described that differ in path and tensors alone."""
+
+    fields: Mapping[str, Any]  # of the layer, without path and parts
+    roles: Mapping[str, str]  # role of each of its parts -> the role under which it was found
+
+    @staticmethod
+    def of(layer: SourceLayer, parts: Tensors) -> _Example | None:
+        """A layer made of ``parts`` as an example; None if other fields name tensors or paths."""
+        if layer.row_ranges or layer.rotation_tensors or layer.global_scale or layer.as_named:
+            return None
+        found = {id(part): role for role, part in parts.items()}
+        if layer.name or any(id(part) not in found for part in layer.parts.values()):
+            return None
+        values = {x.name: getattr(layer, x.name) for x in fields(layer)}
+        del values["path"], values["parts"]
+        return _Example(values, {role: found[id(part)] for role, part in layer.parts.items()})
+
+    def like(self, path: str, parts: Tensors) -> SourceLayer:
+        """The layer of ``path``, which is made of ``parts``."""
+        own = {role: parts[found] for role, found in self.roles.items()}
+        return SourceLayer(path=path, parts=own, **self.fields)
+
+
 class TensorSorter:
     """Collects layers, problems and tensors without use, and puts them in order."""
 
@@ -82,6 +108,7 @@ class TensorSorter:
         self.dtype = model_dtype(checkpoint, "BF16")
         self._owner: dict[str, str] = {}  # tensor name -> layer path
         self._layers: dict[str, SourceLayer] = {}
+        self._examples: dict[Hashable, _Example | None] = {}
 
     @staticmethod
     def by_role(checkpoint: Checkpoint) -> TensorSorter:
@@ -149,12 +176,37 @@ class TensorSorter:
             self._owner[part.name] = layer.path
 
     def make(
-        self, path: str, parts: Tensors, make: Callable[[str, Tensors], SourceLayer | None]
+        self,
+        path: str,
+        parts: Tensors,
+        make: Callable[[str, Tensors], SourceLayer | None],
+        kind: Hashable = None,
     ) -> SourceLayer | None:
         """Make a layer of its tensors and keep it.
 
+        ``kind`` is everything besides the dtypes and shapes of ``parts`` that decides what ``make``
+        returns, path and tensors aside: of layers that are alike in all of these, one is made, and
+        the others are described as that one is. None where each is made.
+
         None, with the problem recorded, where ``make`` reports one or raises a LayerError.
         """
+        if kind is None:
+            return self._make(path, parts, make)
+        # By identity: tensors of one dtype and shape share their description.
+        key = (kind, *parts, *[id(part.info) for part in parts.values()])
+        example = self._examples.get(key)
+        if example is not None:
+            layer = example.like(path, parts)
+            self.add(layer)
+            return layer
+        made = self._make(path, parts, make)
+        if made is not None and key not in self._examples:
+            self._examples[key] = _Example.of(made, parts)
+        return made
+
+    def _make(
+        self, path: str, parts: Tensors, make: Callable[[str, Tensors], SourceLayer | None]
+    ) -> SourceLayer | None:
         before, layer = len(self.problems), None
         try:
             layer = make(path, parts)

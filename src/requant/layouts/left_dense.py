@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -39,7 +40,7 @@ _MODULES = (
     r"sam2?_\w+",
     r"(siglip|clip|dino|eva_clip|conformer)(v?\d+)?(_\w+)?",
 )
-_TOWER = re.compile(rf"(^|\.)({'|'.join(_MODULES)})(\.|$)")
+_TOWER = re.compile("|".join(_MODULES))
 # Next to a module that is named language_model, an encoder is for images or sound.
 _TEXT, _ENCODER = re.compile(r"(model\.)?language_model\."), re.compile(r"(model\.)?encoder\.")
 # Keys of a config that describe such a part next to a text model.
@@ -70,7 +71,12 @@ def left_dense(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> dict
 
 def is_of_a_tower(name: str) -> bool:
     """Whether a tensor or layer is named like a part of a tower or projector."""
-    return _TOWER.search(name) is not None
+    return any(map(_is_tower, name.split(".")))
+
+
+@lru_cache(maxsize=1 << 14)
+def _is_tower(word: str) -> bool:
+    return _TOWER.fullmatch(word) is not None
 
 
 def modalities_of(layers: Iterable[SourceLayer], config: Mapping[str, Any]) -> Modalities:

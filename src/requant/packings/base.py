@@ -310,14 +310,14 @@ class IntegerPacking(Packing):
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Exact where neither a scale nor a bias can round."""
-        kept = PRECISION.get(self.scale_dtype, 53)
-        precision = PRECISION[dtype]
+        narrower = is_narrower(dtype, self.scale_dtype)
+        kept, precision = PRECISION.get(self.scale_dtype, 53), PRECISION[dtype]
+        if not narrower and (self.symmetric or kept + self.bits <= precision):
+            return EXACT
         # Half a unit in the last place of the largest bias, in steps of the scale.
         steps = f"at most {(2**self.bits - 1) * 2.0**-precision:.2g} steps"
-        if is_narrower(dtype, self.scale_dtype):
+        if narrower:
             return rounded("scales", dtype, f"; biases {steps}")
-        if self.symmetric or kept + self.bits <= precision:
-            return EXACT
         return Fidelity(Exactness.ROUNDED, f"biases rounded to {DTYPE_NAME[dtype]}, {steps}")
 
     def _group_of(self, groups: int) -> Array:

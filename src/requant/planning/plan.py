@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from math import prod
-from typing import Any
+from operator import attrgetter
+from typing import Any, Final
 
 from requant.checkpoints.checkpoint import SourceFile, SourceTensor
 from requant.checkpoints.safetensors_header import build_header
@@ -133,6 +134,11 @@ class Step:
     packing: Packing | None = None  # how the rows of a packed layer come out of the inputs
     scales_of: QuantMode | None = None  # the tensor holds scales or biases of this mode
 
+    def with_outputs(self, outputs: Mapping[str, OutputTensor]) -> Step:
+        """The same step with its outputs elsewhere: ``replace`` in a fraction of the time."""
+        values = _other_fields(self)
+        return Step(outputs=outputs, **dict(zip(_OTHER_FIELDS, values, strict=True)))
+
     @property
     def target(self) -> Quantization | None:
         """The quantization of the outputs; None for dense ones."""
@@ -215,6 +221,10 @@ class Step:
         # Values of a block of rows are cast, and decoded again to measure the error.
         block = 2 * _WIDEST * self.rows.columns if self.encode is not None else 0
         return self.work_bytes_per_row * unit + block * self.rows.step
+
+
+_OTHER_FIELDS: Final = tuple(x.name for x in fields(Step) if x.name != "outputs")
+_other_fields: Final = attrgetter(*_OTHER_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,9 @@ _CODES_WIDENED = Reason(
 )
 
 
+_RANK = {exactness: rank for rank, exactness in enumerate(Exactness)}
+
+
 class Planned(NamedTuple):
     """A plan and the source that it is executed on."""
 
@@ -237,7 +240,8 @@ def _plan_layers(
 def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> LayerPlan:
     """Describe a layer's conversion; ``dtype`` is that of its values."""
     layer, target, reason = decision.layer, decision.target, decision.reason
-    if not layer.is_quantized:
+    is_quantized = layer.is_quantized
+    if not is_quantized:
         treatment = Treatment.DENSE if target is None else Treatment.QUANTIZED
     elif layer.keeps_codes(target):
         treatment = Treatment.KEPT
@@ -246,9 +250,9 @@ def _layer_plan(decision: LayerDecision, dtype: str, steps: Sequence[Step]) -> L
     else:
         treatment = Treatment.DEQUANTIZED if target is None else Treatment.REQUANTIZED
     costs = [fidelity(step) for step in steps]
-    if layer.is_quantized and target is None:  # also where a step only moves what was decoded
+    if is_quantized and target is None:  # also where a step only moves what was decoded
         costs.append(rounded("values", dtype))
-    worst = max(costs, key=lambda cost: list(Exactness).index(cost.exactness))
+    worst = costs[0] if len(costs) == 1 else max(costs, key=lambda x: _RANK[x.exactness])
     # Steps that write further rows of a tensor have the tensors of the first one.
     outputs = (t for step in steps if not step.rows.output_row for t in step.outputs.values())
     return LayerPlan(

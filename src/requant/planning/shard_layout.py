@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 
-from requant.core.dtypes import TensorInfo
+from requant.core.dtypes import NUMPY_DTYPE
 from requant.planning.plan import OutputShard, OutputTensor, Step, _header
 
 
@@ -40,7 +39,7 @@ def assign_offsets(
         name = name if len(starts) > 1 else "model.safetensors"
         own = (step for step in steps[start:stop] if not step.rows.output_row)
         tensors = [tensor for step in own for tensor in step.outputs.values()]
-        tensors.sort(key=lambda t: -TensorInfo(t.info.dtype, ()).nbytes)
+        tensors.sort(key=lambda t: -NUMPY_DTYPE[t.info.dtype].itemsize)
         header, offsets = _header(tensors, names_of)
         placed = {
             t.name: OutputTensor(t.name, t.info, name, len(header) + offsets[t.name])
@@ -51,7 +50,7 @@ def assign_offsets(
         for index in range(start, stop):
             step = steps[index]
             outputs = {role: placed[tensor.name] for role, tensor in step.outputs.items()}
-            steps[index] = replace(step, outputs=outputs)
+            steps[index] = step.with_outputs(outputs)
     done = tuple(steps)
     steps.clear()
     return tuple(shards), done

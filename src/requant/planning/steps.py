@@ -5,13 +5,14 @@ Pure: it counts rows and bytes from shapes and dtypes, and decides nothing about
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from math import lcm, prod
+from types import MappingProxyType
 
 from requant.checkpoints.checkpoint import ComputedTensor, SourceTensor
 from requant.core.dtypes import FLOATS, TensorInfo, shared_info
-from requant.core.sharing import shared
 from requant.formats import SourceLayer, SourceLayout
 from requant.formats.base import RowOrder, RowRange
 from requant.formats.widening import stored_rows, widened
@@ -53,7 +54,12 @@ def _encode_params(
     estimate = None
     if options.search != "off" and len(layer.shape) > 1 and columns == layer.shape[-1]:
         estimate = RowsOf.TOKENS if rows_are_tokens(layer.path) else RowsOf.FEATURES
-    return EncodeParams(target=target, search=options.search, estimate=estimate)
+    return _shared_params(target, options.search, estimate)
+
+
+@lru_cache(maxsize=1 << 12)
+def _shared_params(target: Quantization, search: str, estimate: RowsOf | None) -> EncodeParams:
+    return EncodeParams(target=target, search=search, estimate=estimate)
 
 
 def values_step(step: Step) -> Step:
@@ -108,11 +114,9 @@ def _packed_steps(
     outputs = output_tensor_infos(layer.shape, dtype, target)
     if layer.packing is None and options.dtype is None:  # of MLX's own: each keeps its dtype
         own = {role: part.info.dtype for role, part in layer.parts.items() if role != "weight"}
-        outputs |= {role: TensorInfo(x, outputs[role].shape) for role, x in own.items()}
+        outputs = {**outputs, **{r: TensorInfo(x, outputs[r].shape) for r, x in own.items()}}
     names = {"weight": layer.dense_name} if target is None else {}
-    encode = None
-    if target is not None:
-        encode = shared(_encode_params(layer, target, packing.columns, options))
+    encode = None if target is None else _encode_params(layer, target, packing.columns, options)
     output_row = 0
     whole = layer if layer.packing is packing else replace(layer, packing=packing)
     for run in layer.row_ranges or (RowRange(whole, 0, packing.rows),):
@@ -135,7 +139,8 @@ def _packed_steps(
     if layer.keeps_codes(target):
         for role, tensor in layer.rotation_tensors.items():
             yield _copy_or_cast_step(layer.path, tensor, None, name=f"{layer.path}.{role}")
-        yield from _global_scale_steps(layer)
+        if layer.global_scale:
+            yield from _global_scale_steps(layer)
 
 
 def _operation_on(
@@ -154,16 +159,14 @@ def _operation_on(
 
 
 def _row_mapping(run: RowRange, columns: int, output_row: int) -> RowMapping:
+    mapping = _shared_mapping(run.count, columns, run.start, run.step, output_row)
     order = run.layer.row_order
-    mapping = RowMapping(
-        count=run.count,
-        columns=columns,
-        first=run.start,
-        step=run.step,
-        output_row=output_row,
-        order=order,
-    )
-    return shared(mapping) if order is None else mapping
+    return mapping if order is None else replace(mapping, order=order)
+
+
+@lru_cache(maxsize=1 << 14)
+def _shared_mapping(count: int, columns: int, first: int, step: int, output_row: int) -> RowMapping:
+    return RowMapping(count=count, columns=columns, first=first, step=step, output_row=output_row)
 
 
 def with_global_scale(decisions: Iterable[LayerDecision]) -> frozenset[str]:
@@ -214,9 +217,10 @@ def _intermediate_step(layer: SourceLayer, options: ConvertOptions) -> Step:
     return _copy_or_cast_step(layer.path, layer.parts["weight"], None)
 
 
+@lru_cache(maxsize=1 << 12)
 def output_tensor_infos(
     shape: tuple[int, ...], dtype: str, quantization: Quantization | None
-) -> dict[str, TensorInfo]:
+) -> Mapping[str, TensorInfo]:
     """Shapes and dtypes of a layer's tensors in the output, by role.
 
     Args:
@@ -225,14 +229,14 @@ def output_tensor_infos(
         quantization: The target, whose group size divides ``in_features``; None for dense.
     """
     if quantization is None:
-        return {"weight": shared_info(dtype, shape)}
+        return MappingProxyType({"weight": shared_info(dtype, shape)})
     *leading, n_in = shape
     groups = (*leading, n_in // quantization.group_size)
     infos = {"weight": shared_info("U32", (*leading, n_in * quantization.bits // 32))}
     if quantization.mode is QuantMode.AFFINE:
         scales = shared_info(dtype, groups)
-        return infos | {"scales": scales, "biases": scales}
-    return infos | {"scales": shared_info("U8", groups)}
+        return MappingProxyType(infos | {"scales": scales, "biases": scales})
+    return MappingProxyType(infos | {"scales": shared_info("U8", groups)})
 
 
 def _copy_or_cast_step(

@@ -198,9 +198,7 @@ def _transform(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The layer's tensors in MLX's layout."""
     target = layer.default_target
-    infos = {"weight": TensorInfo(layer.dtype, layer.shape)}
-    if target is not None:
-        infos = output_tensor_infos(layer.shape, layer.dtype, target)
+    infos = output_tensor_infos(layer.shape, layer.dtype, target)
     out = {role: np.empty(info.shape, NUMPY_DTYPE[info.dtype]) for role, info in infos.items()}
     flat = {role: array.reshape(packing.rows, -1) for role, array in out.items()}
     matrices = {
