@@ -21,7 +21,9 @@ from requant.execution.executor import join_all
 from requant.execution.hessian_cache import HessianCache
 from requant.execution.layer_stats import LayerStats
 from requant.execution.operations import WorkerBuffers, make_outputs
+from requant.execution.resources import ResourceLimits
 from requant.execution.source_reader import RunCancelled, SourceReader
+from requant.kernels.units import BLOCKS_HELD
 from requant.packings.floats import Float8
 from requant.planning.plan import EncodeParams, Operation, OutputTensor, RowMapping, Step
 from requant.quantization.config import Quantization
@@ -74,6 +76,12 @@ class Files:
         os.close(self.shard)
 
 
+def direct_rows(files: Files, shard: int | None = None) -> DirectRows:
+    """Blocks of 300 bytes, and of 6 times as many where a block of outputs is held."""
+    shards = Shards(files.shard if shard is None else shard)
+    return DirectRows(files.reader, shards, ResourceLimits(1, 300 * BLOCKS_HELD))
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[Any]:
     opened: list[Files] = []
@@ -118,7 +126,9 @@ def compare(files: Files, step: Step, inputs: dict[str, np.ndarray], rows: slice
     unit = Chunk(step, rows.start, rows.stop)
     assert is_direct(step)
     outputs, expected = make_outputs(unit, inputs, WorkerBuffers(HessianCache(1)))
-    made, read, written = DirectRows(files.reader, Shards(files.shard), 300).run(unit)
+    result = direct_rows(files).run(unit, WorkerBuffers(HessianCache(1)))
+    assert result is not None
+    made, read, written = result
     image = files.path.read_bytes()
     for role, out in step.outputs.items():
         row_bytes = out.info.nbytes // (out.info.size // out.info.shape[-1])
@@ -187,9 +197,9 @@ def test_a_source_that_was_cut(files: Any) -> None:
     made = files(weight=values())
     step = step_of(made, Operation.COPY, {"weight": TensorInfo("BF16", (21, COLUMNS))})
     os.truncate(made.path.with_name("in"), GAP + 1000)
-    direct = DirectRows(made.reader, Shards(made.shard), 300)
+    direct = direct_rows(made)
     with pytest.raises(CheckpointError, match="in: ends at byte 1,024: it was cut while"):
-        direct.run(Chunk(step, 0, ROWS))
+        direct.run(Chunk(step, 0, ROWS), WorkerBuffers(HessianCache(1)))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
@@ -199,7 +209,7 @@ def test_a_disk_that_is_full(files: Any) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     try:
         with pytest.raises(OutputError, match="out: No space left"):
-            DirectRows(made.reader, Shards(full), 300).run(Chunk(step, 0, ROWS))
+            direct_rows(made, full).run(Chunk(step, 0, ROWS), WorkerBuffers(HessianCache(1)))
     finally:
         os.close(full)
 
@@ -211,7 +221,7 @@ def test_a_run_that_ends_ends_its_units(files: Any) -> None:
     for operation, outputs in ((Operation.COPY, dense), (Operation.ENCODE, codes())):
         with pytest.raises(RunCancelled):
             step = step_of(made, operation, outputs)
-            DirectRows(made.reader, Shards(made.shard), 300).run(Chunk(step, 0, ROWS))
+            direct_rows(made).run(Chunk(step, 0, ROWS), WorkerBuffers(HessianCache(1)))
     assert made.path.read_bytes() == b""
 
 
