@@ -201,8 +201,10 @@ def files(tmp_path: Path) -> Iterator[Callable[[dict[str, np.ndarray]], Files]]:
         each.close()
 
 
-def step_of(files: Files, packing: Packing, operation: Operation, dtype: str = "F16") -> Step:
-    """All rows of a packing, which are the rows from 32 on of an output."""
+def step_of(
+    files: Files, packing: Packing, operation: Operation, dtype: str = "F16", above: int = 32
+) -> Step:
+    """All rows of a packing, with so many rows above them in the output."""
     target: Quantization | None = getattr(packing, "encoding", None)
     encode = None
     if operation is Operation.RECODE:
@@ -210,7 +212,7 @@ def step_of(files: Files, packing: Packing, operation: Operation, dtype: str = "
         encode = EncodeParams(target=target)
     elif operation is Operation.DECODE:
         target = None
-    high = ROWS + 32
+    high = ROWS + above
     infos = {"weight": TensorInfo(dtype, (high, COLUMNS))}
     if target is not None:
         groups = high, COLUMNS // target.group_size
@@ -225,7 +227,7 @@ def step_of(files: Files, packing: Packing, operation: Operation, dtype: str = "
     return Step(
         layer="w",
         operation=operation,
-        rows=RowMapping(count=ROWS, columns=COLUMNS, output_row=32),
+        rows=RowMapping(count=ROWS, columns=COLUMNS, output_row=above),
         inputs=files.inputs,
         outputs=placed,
         encode=encode,
@@ -238,7 +240,11 @@ def step_of(files: Files, packing: Packing, operation: Operation, dtype: str = "
 def through_arrays(
     step: Step, tensors: dict[str, np.ndarray], unit: Chunk
 ) -> tuple[dict[str, bytes], LayerStats]:
-    assert step.packing is not None
+    if step.packing is None:
+        rows = slice(unit.start, unit.stop)
+        inputs = {role: np.ascontiguousarray(array[rows]) for role, array in tensors.items()}
+        outputs, stats = make_outputs(unit, inputs, WorkerBuffers(HessianCache(1)))
+        return {role: array.tobytes() for role, array in outputs.items()}, stats
     rects = step.packing.required_rects(unit.start, unit.stop)
     inputs = {
         role: np.ascontiguousarray(
@@ -271,7 +277,7 @@ def compare(
         made, _, written = result
         image = files.path.read_bytes()
         for role, out in step.outputs.items():
-            at = out.offset + (32 + unit.start) * step.row_bytes(out)
+            at = out.offset + (step.rows.output_row + unit.start) * step.row_bytes(out)
             assert image[at : at + len(expected[role])] == expected[role], role
         assert written == sum(map(len, expected.values()))
         assert made.squared_error == pytest.approx(stats.squared_error, rel=1e-6)
@@ -306,6 +312,29 @@ def test_codes_that_are_decoded(name: str, dtype: str, operation: Operation, fil
     step = step_of(made, packing, operation, dtype)
     for rows, room in CUTS:
         compare(made, step, tensors, rows, room)
+
+
+@pytest.mark.parametrize("operation", [Operation.DECODE, Operation.RECODE])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("name", ["affine", "mxfp4", "mxfp8", "nvfp4"])
+def test_layers_of_mlx(name: str, dtype: str, operation: Operation, files: Any) -> None:
+    """The same without a packing: words, scales and biases row by row."""
+    packing, tensors = DECODED[name](np.random.default_rng(4))
+    made = files(tensors)
+    step = step_of(made, packing, operation, dtype, above=0)
+    step = replace(step, packing=None, source=packing.encoding)  # type: ignore[attr-defined]
+    for rows, room in CUTS:
+        compare(made, step, tensors, rows, room)
+
+
+def test_values_that_float16_does_not_hold_are_counted(files: Any) -> None:
+    packing, tensors = DECODED["affine"](np.random.default_rng(4))
+    tensors["biases"][3, 2] = 1e30
+    made = files(tensors)
+    for dtype, overflowed in (("F16", 64), ("BF16", 0)):
+        step = step_of(made, packing, Operation.DECODE, dtype, above=0)
+        step = replace(step, packing=None, source=packing.encoding)  # type: ignore[attr-defined]
+        assert compare(made, step, tensors, ROWS, 1 << 20).overflowed == overflowed
 
 
 @pytest.mark.parametrize("name", ["awq", "awq gemv_fast", "gptq", "compressed-tensors", "Q4_1"])

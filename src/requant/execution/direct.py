@@ -103,6 +103,7 @@ class DirectRows:
             RunCancelled: The run ends; the unit is not complete.
         """
         step, read = unit.step, 0
+        found: LayerStats | None
         if step.operation is Operation.REPACK:
             return self._repack(unit, scratch)
         blocks, stats = self._block_scales(unit)
