@@ -62,24 +62,14 @@ def _is_direct_packing(step: Step, packing: Packing) -> bool:
     if step.rows.step > 1 or not step.rows.count or not packing.matrix_rows:
         return False
     if step.operation is Operation.REPACK:
-        scales = step.outputs["scales"].info.dtype
-        if packing.stored_codes(0, packing.matrix_rows) is None:
+        codes = packing.stored_codes(0, packing.matrix_rows)
+        if codes is None or step.outputs["scales"].info.dtype not in ("U8", *KERNEL_FLOATS):
             return False
-        return scales == "U8" or (scales in KERNEL_FLOATS and _has_kernel_scales(step, packing))
+        floats = codes.float_roles if isinstance(codes, StoredCodes) else ()
+        return all(step.inputs[role].info.dtype in KERNEL_FLOATS for role in floats)
     if step.operation not in (Operation.DECODE, Operation.RECODE):
         return False
     return decodes_rows(step) or packing.row_form is not None
-
-
-def _has_kernel_scales(step: Step, packing: Packing) -> bool:
-    """Whether the dtypes of integer codes' scales, and of biases, are those of kernels."""
-    codes = packing.stored_codes(0, packing.matrix_rows)
-    if not isinstance(codes, StoredCodes):
-        return True
-    floats = [codes.scales] + (
-        [codes.zeros] if codes.zero_order is unit_repack.ZeroOrder.BIASES else []
-    )
-    return all(step.inputs[role].info.dtype in KERNEL_FLOATS for role in floats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +287,14 @@ class _Opened:
         (first, last), (left, right) = rect.rows, rect.columns
         ranges = self.ranges(tensor, first * row_bytes, last * row_bytes)
         width = (right - left) * size
-        return StoredRect(ranges, last - first, row_bytes, left * size, width, dtype)
+        return StoredRect(
+            ranges,
+            rows=last - first,
+            row_bytes=row_bytes,
+            left=left * size,
+            width=width,
+            dtype=dtype,
+        )
 
     @contextmanager
     def reporting_errors(self) -> Iterator[None]:

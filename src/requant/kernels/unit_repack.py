@@ -81,6 +81,11 @@ class StoredCodes:
     must_be_middle: bool = False  # whether stored zeros are as MIDDLE says
 
     @property
+    def float_roles(self) -> list[str]:
+        """The tensors that must be float32, float16 or bfloat16."""
+        return [self.scales] + ([self.zeros] if self.zero_order is ZeroOrder.BIASES else [])
+
+    @property
     def roles(self) -> list[str]:
         """The tensors, in the order of their ranges in an error."""
         return [self.words, self.scales] + ([self.zeros] if self.zeros else [])
