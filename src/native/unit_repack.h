@@ -47,7 +47,6 @@ enum class WordOrder {
   Columns,  // bit streams down the inputs: MLX's words, transposed
   Streams,  // each input a bit stream along the outputs
   Planes,   // GPTQModel's planes down the inputs
-  Marlin,   // tiles of 16 inputs by 64 outputs
   Quads,    // AutoAWQ's gemv_fast: four rows interleaved
 };
 
@@ -55,7 +54,7 @@ struct StoredWords {
   StoredRect rect;  // of the unit's rows
   WordOrder order;
   int bits;
-  bool padded, interleaved, is_signed;
+  bool padded, interleaved;
 };
 
 // A number for each row and group: (rows, groups), or (groups, rows).
@@ -181,11 +180,7 @@ class IntegerSource : public CodeSource {
       switch (words_.order) {
         case WordOrder::Streams:
           words_.rect.read(input, count, first * bits / 8, rows * bits / 8, stored);
-          k.stream_columns({panel, count, rows, words_.bits}, words_.interleaved, words_.is_signed, to, target.bits);
-          break;
-        case WordOrder::Marlin:
-          words_.rect.read(input / 16, count / 16, 8 * first, 8 * rows, stored);
-          k.marlin_words(panel, count, rows, to);
+          k.stream_columns({panel, count, rows, words_.bits}, words_.interleaved, false, to, target.bits);
           break;
         default: {
           const size_t high = count * bits / 32;
@@ -203,14 +198,11 @@ class IntegerSource : public CodeSource {
     const size_t width = words_.rect.width;
     auto* into = is_plain_ ? reinterpret_cast<uint8_t*>(out) : stored_.get();
     words_.rect.read(first, rows, 0, width, into);
-    if (!is_plain_) {
-      const size_t per_word = words_.padded ? 32 / size_t(words_.bits) : 0;
-      const auto* words = reinterpret_cast<const uint32_t*>(into);
-      kernels().stream_codes({words, rows, row_words(), cols, words_.bits, per_word}, codes_.get());
-      kernels().pack_words(codes_.get(), rows, cols, target.bits, out);
-    }
-    if (words_.is_signed)  // bytes: the lowest becomes zero
-      for (size_t i = 0; i < rows * cols / 4; i++) out[i] ^= 0x80808080u;
+    if (is_plain_) return;
+    const size_t per_word = words_.padded ? 32 / size_t(words_.bits) : 0;
+    const auto* words = reinterpret_cast<const uint32_t*>(into);
+    kernels().stream_codes({words, rows, row_words(), cols, words_.bits, per_word}, codes_.get());
+    kernels().pack_words(codes_.get(), rows, cols, target.bits, out);
   }
 
   // Numbers as float32, (rows, groups); false if one of them is not finite.

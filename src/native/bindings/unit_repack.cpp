@@ -13,8 +13,8 @@ namespace {
 // A rectangle of a matrix whose rows are in ranges of files: (ranges, rows, bytes of a row, left, width).
 using Rect = std::tuple<Ranges, size_t, size_t, size_t, size_t>;
 
-// (rectangle, order, bits, padded, interleaved, signed)
-using Words = std::tuple<Rect, std::string, int, bool, bool, bool>;
+// (rectangle, order, bits, padded, interleaved)
+using Words = std::tuple<Rect, std::string, int, bool, bool>;
 // (rectangle, dtype, whether (groups, rows))
 using Numbers = std::tuple<Rect, std::string, bool>;
 // (kind, rectangle or none, padded, interleaved, skipped, word offset, code offset, must be middle, dtype)
@@ -61,35 +61,30 @@ size_t row_bytes(size_t codes, int bits, bool padded) {
 }
 
 StoredWords stored_words(const Words& given, Rects& rects, size_t rows, size_t cols, int out_bits) {
-  const auto& [rect, name, bits, padded, interleaved, is_signed] = given;
+  const auto& [rect, name, bits, padded, interleaved] = given;
   const auto order = one_of<WordOrder>("order", name,
                                        {{"rows", WordOrder::Rows},
                                         {"columns", WordOrder::Columns},
                                         {"streams", WordOrder::Streams},
                                         {"planes", WordOrder::Planes},
-                                        {"marlin", WordOrder::Marlin},
                                         {"quads", WordOrder::Quads}});
   check_bits(bits);
   if (out_bits < bits) throw_value_error("bits: " + std::to_string(out_bits) + " do not hold " + std::to_string(bits));
   const bool is_widened = order == WordOrder::Rows || order == WordOrder::Streams || order == WordOrder::Planes;
   if (out_bits != bits && !is_widened) throw_value_error("bits: codes of order " + name + " are not widened");
-  const bool four = order == WordOrder::Marlin || order == WordOrder::Quads;
-  if (four && bits != 4) throw_value_error("bits: order " + name + " has 4 bits");
+  if (order == WordOrder::Quads && bits != 4) throw_value_error("bits: order quads has 4 bits");
   if (order == WordOrder::Planes && bits < 2) throw_value_error("bits: order planes has 2 bits or more");
-  if (is_signed && (order != WordOrder::Streams) && !(order == WordOrder::Rows && bits == 8 && out_bits == 8))
-    throw_value_error("is_signed: expected order streams, or rows of 8 bits");
   check_multiple("cols", cols, 32);
-  const size_t unit = order == WordOrder::Marlin ? 64 : order == WordOrder::Rows ? 1 : order == WordOrder::Quads ? 4 : 32;
+  const size_t unit = order == WordOrder::Rows ? 1 : order == WordOrder::Quads ? 4 : 32;
   if (order == WordOrder::Quads) check_multiple("cols", cols, 64);
   if (rows % unit != 0)
     throw_value_error("rows: " + std::to_string(rows) + " are not a multiple of " + std::to_string(unit));
   const auto take = [&](size_t high, size_t width) {
-    return StoredWords{rects.take(rect, "words", high, width), order, bits, padded, interleaved, is_signed};
+    return StoredWords{rects.take(rect, "words", high, width), order, bits, padded, interleaved};
   };
   switch (order) {
     case WordOrder::Rows: return take(rows, row_bytes(cols, bits, padded));
     case WordOrder::Streams: return take(cols, rows * size_t(bits) / 8);
-    case WordOrder::Marlin: return take(cols / 16, 8 * rows);
     case WordOrder::Quads: return take(rows / 4, 2 * cols);
     default: return take(cols / 32 * size_t(bits), 4 * rows);
   }
@@ -201,7 +196,7 @@ void init_unit_repack(nb::module_& m) {
         "group"_a, "rows"_a, "cols"_a, "group_size"_a, "bits"_a, "dtype"_a, "targets"_a.noconvert(), "row_unit"_a,
         "first_row"_a, "measures"_a, "room"_a.noconvert(), "stop"_a.none(),
         "Moves integer codes of rows into MLX's words, and rounds scales and biases once. A rectangle is (ranges of\n"
-        "files, rows, bytes of a row, left, width). words: (rectangle, order, bits, padded, interleaved, signed); scales:\n"
+        "files, rows, bytes of a row, left, width). words: (rectangle, order, bits, padded, interleaved); scales:\n"
         "(rectangle, dtype, whether (groups, rows)); zeros: (kind, rectangle or None, padded, interleaved, skipped, word\n"
         "offset, code offset, must be middle, dtype). room: uint8, for a block of outputs. Returns the squares of what\n"
         "rounding changes and of values, of every 16th row if measures; None if a number is not finite or not as claimed:\n"

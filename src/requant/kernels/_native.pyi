@@ -217,10 +217,10 @@ def encode_rows(sources: Sequence[numpy.typing.NDArray[Any] | Sequence[tuple[int
 def read_spaced(fd: int, offset: int, stride: int, into: numpy.typing.NDArray[Any]) -> None:
     """Reads rows of bytes that lie stride bytes apart."""
 
-def repack_integers(words: tuple[tuple[Sequence[tuple[int, int, int]], int, int, int, int], str, int, bool, bool, bool], scales: tuple[tuple[Sequence[tuple[int, int, int]], int, int, int, int], str, bool], zeros: tuple[str, tuple[Sequence[tuple[int, int, int]], int, int, int, int] | None, bool, bool, int, int, int, bool, str], group: int, rows: int, cols: int, group_size: int, bits: int, dtype: str, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], row_unit: int, first_row: int, measures: bool, room: numpy.typing.NDArray[Any], stop: StopFlag | None) -> tuple[float, float] | None:
+def repack_integers(words: tuple[tuple[Sequence[tuple[int, int, int]], int, int, int, int], str, int, bool, bool], scales: tuple[tuple[Sequence[tuple[int, int, int]], int, int, int, int], str, bool], zeros: tuple[str, tuple[Sequence[tuple[int, int, int]], int, int, int, int] | None, bool, bool, int, int, int, bool, str], group: int, rows: int, cols: int, group_size: int, bits: int, dtype: str, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], row_unit: int, first_row: int, measures: bool, room: numpy.typing.NDArray[Any], stop: StopFlag | None) -> tuple[float, float] | None:
     """
     Moves integer codes of rows into MLX's words, and rounds scales and biases once. A rectangle is (ranges of
-    files, rows, bytes of a row, left, width). words: (rectangle, order, bits, padded, interleaved, signed); scales:
+    files, rows, bytes of a row, left, width). words: (rectangle, order, bits, padded, interleaved); scales:
     (rectangle, dtype, whether (groups, rows)); zeros: (kind, rectangle or None, padded, interleaved, skipped, word
     offset, code offset, must be middle, dtype). room: uint8, for a block of outputs. Returns the squares of what
     rounding changes and of values, of every 16th row if measures; None if a number is not finite or not as claimed:

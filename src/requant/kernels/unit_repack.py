@@ -72,7 +72,6 @@ class StoredCodes:
     transposed_scales: bool = False  # whether scales are ``[groups, out]``
     padded: bool = False  # whether codes do not cross words, in ROWS and COLUMNS
     interleaved: bool = False  # whether STREAMS hold outputs in AutoAWQ's order
-    signed: bool = False  # bytes of ROWS in two's complement
     zeros: str = ""
     zero_order: ZeroOrder = ZeroOrder.MIDDLE
     skipped_zeros: int = 0  # in COLUMNS, the zeros before that of the first row
@@ -141,7 +140,6 @@ def repack_integers(
                 stored.bits,
                 stored.padded,
                 stored.interleaved,
-                stored.signed,
             ),
             (scales._bytes, scales.dtype, stored.transposed_scales),
             (
