@@ -27,7 +27,6 @@ import ml_dtypes
 import numpy as np
 
 from requant.kernels import _native
-from requant.kernels import cast as values
 from requant.kernels import quantize as native
 from requant.kernels.quantize import QuantizedTensors
 from requant.quantization.config import Quantization
@@ -83,15 +82,14 @@ def load_module(path: str) -> ModuleType:
 
 def cpu_seconds(module: ModuleType, call: Callable[[], object]) -> float:
     """Seconds of this thread's processor time that a call takes with the kernels of a module."""
-    here = native._native, values._native
-    native._native = values._native = module
+    here, native._native = native._native, module
     try:
         call()
         began = time.thread_time()
         call()
         return time.thread_time() - began
     finally:
-        native._native, values._native = here
+        native._native = here
 
 
 def quantization_of(mode: str) -> Quantization:
@@ -108,7 +106,6 @@ def compare(mode: str, w: np.ndarray, runs: int, other: ModuleType) -> tuple[str
     """One line of the table of two versions: both speeds and their ratio, three times."""
     quantization = quantization_of(mode)
     out, decoded = native.quantize(w, quantization), np.empty_like(w)
-    group_max = np.empty(out.scales.shape, np.float32)
 
     def encode() -> None:
         native.quantize_into(w, quantization, out)
@@ -116,18 +113,12 @@ def compare(mode: str, w: np.ndarray, runs: int, other: ModuleType) -> tuple[str
     def decode() -> None:
         native.dequantize_into(out, quantization, decoded)
 
-    def in_passes() -> None:
-        values.count_nonfinite(w)
-        encode()
-        decode()
-        values.encoding_error(w, decoded, out.scales, quantization.mode.value, group_max)
-
-    def at_once() -> None:
+    def measured() -> None:
         native.quantize_measured(w, quantization, out, native.EncodingError())
 
     cells = [mode]
-    for before, now in ((encode, encode), (decode, decode), (in_passes, at_once)):
-        seconds = [(cpu_seconds(other, before), cpu_seconds(_native, now)) for _ in range(runs)]
+    for call in (encode, decode, measured):
+        seconds = [(cpu_seconds(other, call), cpu_seconds(_native, call)) for _ in range(runs)]
         old, new = (w.nbytes / statistics.median(took) / 1e9 for took in zip(*seconds, strict=True))
         cells += [f"{old:.2f}", f"{new:.2f}", f"{new / old:.2f}"]
     return tuple(cells)

@@ -1,10 +1,11 @@
 """Throughput of conversions with 1, 2, 4, ... threads, relative to one thread.
 
-Six kinds of work: bfloat16 to affine, mxfp4, nvfp4 and with ``--search best``, an AutoAWQ folder
-that is repacked, and DeepSeek's FP8 to affine; each to 4 bits. A row "copy" reads a source and
-writes as many bytes as its output has into one file, with as many threads: no conversion is faster
-where the disk is the limit. Each round runs every number of threads one after another; printed are
-medians. A conversion is timed in a process of its own, after the imports.
+Nine kinds of work: bfloat16 to affine, mxfp4, nvfp4 and with ``--search best``; AutoAWQ and GPTQ
+folders and a GGUF file of Q4_0 that are repacked; DeepSeek's FP8 to affine; all to 4 bits; and
+codes of MLX to bfloat16. A row "copy" reads a source and writes as many bytes as its output has
+into one file, with as many threads: no conversion is faster where the disk is the limit. Each round
+runs every number of threads one after another; printed are medians. A conversion is timed in a
+process of its own, after the imports.
 
     python benchmarks/threads.py                          1, 2, 4, ... as many as processors
     python benchmarks/threads.py --folder /dev/shm        files in memory
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import formats
+import gguf
 import make_checkpoint
 
 import requant
@@ -44,7 +46,8 @@ _COPY = """
 import os, sys, threading, time
 source, output, threads, nbytes = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 STEP = 1 << 20
-sizes = [(e.path, e.stat().st_size) for e in os.scandir(source) if e.name.endswith(".safetensors")]
+weights = [e for e in os.scandir(source) if e.name.endswith((".safetensors", ".gguf"))]
+sizes = [(e.path, e.stat().st_size) for e in weights]
 total = sum(size for _, size in sizes)
 jobs = iter([(path, at) for path, size in sizes for at in range(0, size, STEP)])
 share, lock = nbytes / total, threading.Lock()
@@ -93,9 +96,22 @@ def float8(folder: Path, layers: int) -> None:
     make_checkpoint.write(folder, stored, 1 << 30, layers)
 
 
-def awq(folder: Path, layers: int) -> None:
+def packed(kind: str) -> Callable[[Path, int], object]:
     """Layers of a Llama of 7 B parameters, each about twice as many as those of the others."""
-    formats.write(folder, formats.KINDS["awq"], max(layers // 2, 1))
+    return lambda folder, layers: formats.write(folder, formats.KINDS[kind], max(layers // 2, 1))
+
+
+def q4_0(folder: Path, layers: int) -> None:
+    """The Llama of 1 B parameters in blocks of llama.cpp."""
+    gguf.write(folder / "model.gguf", "Q4_0", layers)
+
+
+def codes(folder: Path, layers: int) -> None:
+    """The same in affine codes of 4 bits."""
+    dense = folder.with_name("dense")
+    bfloat16(dense, layers)
+    requant.convert(dense, folder, layout="keep", bits=4)
+    shutil.rmtree(dense)
 
 
 KINDS = {
@@ -105,14 +121,18 @@ KINDS = {
     "best": Kind(
         "small", lambda folder, n: bfloat16(folder, n // 8), {"bits": 4, "search": "best"}
     ),
-    "awq": Kind("awq", awq, {}),
+    "awq": Kind("awq", packed("awq"), {}),
+    "gptq": Kind("gptq", packed("gptq"), {}),
+    "q4_0": Kind("q4_0", q4_0, {}),
     "fp8": Kind("fp8", float8, {"bits": 4}),
+    "decode": Kind("mlx", codes, {"dequantize": True}),
 }
 
 
 def weights_in(folder: Path) -> int:
     """Bytes of the weight files of a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    return sum(path.stat().st_size for path in files)
 
 
 def timed(code: str, *arguments: object, source: Path | None = None) -> tuple[float, float]:

@@ -39,6 +39,7 @@ using requant::IntegerCodes;
 using requant::LutBlocks;
 using requant::Matrix;
 using requant::Mode;
+using requant::OutRows;
 using requant::PackedColumns;
 using requant::PackedRows;
 using requant::Search;
@@ -236,7 +237,7 @@ ptrdiff_t first_nonfinite_dispatch(ConstValues w, size_t count) {
   return with_dtype(w.dtype, [&](auto t) { return first_nonfinite<typename decltype(t)::Type>(w.data, count); });
 }
 
-void transpose_dispatch(const Elements& src, void* out) {
+void transpose_dispatch(const Elements& src, OutRows out) {
   switch (src.item_bytes) {
     case 1: return transpose<uint8_t>(src.data, src.rows, src.cols, out);
     case 2: return transpose<uint16_t>(src.data, src.rows, src.cols, out);
@@ -264,11 +265,11 @@ size_t float8_values_dispatch(const Float8Blocks& in, Matrix out) {
   });
 }
 
-void stream_columns_dispatch(const PackedColumns& src, bool interleaved, bool is_signed, void* out, int out_bits) {
+void stream_columns_dispatch(const PackedColumns& src, bool interleaved, bool is_signed, OutRows out, int out_bits) {
   stream_columns(src.words, src.n_in, src.n_out, src.bits, interleaved, is_signed, out, out_bits);
 }
 
-void planar_columns_dispatch(const PackedColumns& src, void* out, int out_bits) {
+void planar_columns_dispatch(const PackedColumns& src, OutRows out, int out_bits) {
   planar_columns(src.words, src.n_in, src.n_out, src.bits, out, out_bits);
 }
 

@@ -159,6 +159,12 @@ struct SpacedRows {
   size_t first, step;
 };
 
+// Rows that are written, row_bytes from one to the next.
+struct OutRows {
+  void* data;
+  size_t row_bytes;
+};
+
 // (code - zero) * scale, scale and zero shared by `group` columns. The last group may be short.
 struct IntegerCodes {
   const uint8_t* codes;
@@ -236,14 +242,14 @@ struct Kernels {
   void (*weighted_errors)(ConstMatrix a, const void* b, size_t group_size, Search search, ErrorSums& sums);
 
   // Codes repacked (repack.h). (rows, cols) to (cols, rows).
-  void (*transpose)(const Elements& src, void* out);
+  void (*transpose)(const Elements& src, OutRows out);
   // Each input's codes one bit stream along the outputs, (n_in, n_out * bits / 32) words, to words
   // (n_out, n_in * out_bits / 32). n_out is a multiple of 8; n_in too, unless out_bits is 8.
-  void (*stream_columns)(const PackedColumns& src, bool interleaved, bool is_signed, void* out, int out_bits);
+  void (*stream_columns)(const PackedColumns& src, bool interleaved, bool is_signed, OutRows out, int out_bits);
   // The same from GPTQModel's planes down the rows, (n_in * bits / 32, n_out) words; n_in a multiple of 32.
-  void (*planar_columns)(const PackedColumns& src, void* out, int out_bits);
+  void (*planar_columns)(const PackedColumns& src, OutRows out, int out_bits);
   // Marlin tiles (n_in / 16, 2 * n_out), and gemv_fast (n_out / 4, n_in), to words (n_out, n_in / 8).
-  void (*marlin_words)(const uint32_t* src, size_t n_in, size_t n_out, uint32_t* out);
+  void (*marlin_words)(const uint32_t* src, size_t n_in, size_t n_out, OutRows out);
   void (*awq_gemv_fast_words)(const uint16_t* src, size_t n_in, size_t n_out, uint32_t* out);
   void (*stream_codes)(const PackedRows& src, uint8_t* codes);
   void (*extract_bitfield)(const Elements& src, Bitfield field, SpacedRows out);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "floats.h"
+#include "kernels.h"
 #include "pack.h"
 
 namespace {
@@ -51,10 +52,10 @@ REQUANT_INLINE void copy_line(T* REQUANT_RESTRICT to, const T* REQUANT_RESTRICT 
 }
 
 template <class T>
-void transpose(const void* src_, size_t rows, size_t cols, void* out_) {
+void transpose(const void* src_, size_t rows, size_t cols, requant::OutRows to) {
   constexpr size_t edge = kEdge<T>, wide = kBand * edge;
   const auto* src = static_cast<const T*>(src_);
-  auto* out = static_cast<T*>(out_);
+  auto* out = static_cast<uint8_t*>(to.data);
   alignas(64) T tile[edge * edge], spare[edge * edge];
   for (size_t band = 0; band < cols; band += wide)
     for (size_t r = 0; r < rows; r += edge)
@@ -62,7 +63,8 @@ void transpose(const void* src_, size_t rows, size_t cols, void* out_) {
         const size_t high = min(edge, rows - r), broad = min(edge, cols - c);
         for (size_t i = 0; i < high; i++) copy_line(tile + i * edge, src + (r + i) * cols + c, broad);
         const T* transposed = transpose_tile(tile, spare);
-        for (size_t i = 0; i < broad; i++) copy_line(out + (c + i) * rows + r, transposed + i * edge, high);
+        for (size_t i = 0; i < broad; i++)
+          copy_line(reinterpret_cast<T*>(out + (c + i) * to.row_bytes) + r, transposed + i * edge, high);
       }
 }
 
@@ -99,10 +101,11 @@ REQUANT_INLINE void transpose_nibbles(uint32_t x[8][LANES]) {
 
 // 4 bits: src (n_in, n_out / 8) to out (n_out, n_in / 8); n_in and n_out are multiples of 8.
 void nibble_columns(const uint32_t* src, size_t n_in, size_t n_out, const uint8_t* order, uint32_t flip,
-                    uint32_t* out) {
+                    requant::OutRows to) {
   constexpr size_t edge = kEdge<uint32_t>;  // words a line, of either side
   constexpr size_t wide = kBand * edge;
   const size_t src_words = n_out / 8, out_words = n_in / 8;
+  auto* out = static_cast<uint8_t*>(to.data);
   // Of input k of each eight, later of place i: (eights of inputs, words of the source).
   alignas(64) uint32_t planes[8][edge * edge] = {};
   alignas(64) uint32_t spare[edge * edge];
@@ -119,7 +122,8 @@ void nibble_columns(const uint32_t* src, size_t n_in, size_t n_out, const uint8_
             for (size_t l = 0; l < edge * edge; l++) planes[i][l] ^= flip;
           const uint32_t* transposed = transpose_tile(planes[i], spare);
           for (size_t l = 0; l < broad; l++)
-            copy_line(out + (8 * (c + l) + order[i]) * out_words + w, transposed + l * edge, high);
+            copy_line(reinterpret_cast<uint32_t*>(out + (8 * (c + l) + order[i]) * to.row_bytes) + w,
+                      transposed + l * edge, high);
         }
       }
 }
@@ -128,10 +132,9 @@ void nibble_columns(const uint32_t* src, size_t n_in, size_t n_out, const uint8_
 // writes the codes of some inputs and outputs; a tile's rows are kEdge bytes apart.
 template <class Fill>
 REQUANT_INLINE void tiles_to_words(size_t n_in, size_t n_out, int out_bits, const uint8_t* order, uint8_t flip,
-                                   void* words, Fill fill) {
+                                   requant::OutRows to, Fill fill) {
   constexpr size_t edge = kEdge<uint8_t>;
-  auto* out = static_cast<uint8_t*>(words);
-  const size_t row_bytes = n_in * size_t(out_bits) / 8;
+  auto* out = static_cast<uint8_t*>(to.data);
   alignas(64) uint8_t tile[edge * edge] = {}, spare[edge * edge];
   for (size_t o = 0; o < n_out; o += edge)
     for (size_t k = 0; k < n_in; k += edge) {
@@ -142,17 +145,17 @@ REQUANT_INLINE void tiles_to_words(size_t n_in, size_t n_out, int out_bits, cons
       const uint8_t* transposed = transpose_tile(tile, spare);
       for (size_t i = 0; i < outputs; i++) {
         const size_t row = o + (i & ~size_t(7)) + order[i & 7];
-        pack_codes(out_bits, transposed + i * edge, inputs, out + row * row_bytes + k / 8 * size_t(out_bits));
+        pack_codes(out_bits, transposed + i * edge, inputs, out + row * to.row_bytes + k / 8 * size_t(out_bits));
       }
     }
 }
 
 // Each input's codes are one bit stream along the outputs.
 void stream_columns(const uint32_t* src, size_t n_in, size_t n_out, int bits, bool interleaved, bool is_signed,
-                    void* out, int out_bits) {
+                    requant::OutRows out, int out_bits) {
   const uint8_t* order = interleaved ? kInterleave : kInOrder;
   if (bits == 4 && out_bits == 4)
-    return nibble_columns(src, n_in, n_out, order, is_signed ? 0x88888888u : 0, static_cast<uint32_t*>(out));
+    return nibble_columns(src, n_in, n_out, order, is_signed ? 0x88888888u : 0, out);
   const auto* in = reinterpret_cast<const uint8_t*>(src);
   const uint8_t flip = is_signed ? uint8_t(1u << (bits - 1)) : 0;
   tiles_to_words(n_in, n_out, out_bits, order, flip, out,
@@ -171,7 +174,7 @@ constexpr uint8_t kPlanes[9][3] = {{}, {}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4,
 
 // src (n_in * bits / 32, n_out): blocks of 32 inputs as planes down the rows. n_in is a
 // multiple of 32; bits 2 to 8.
-void planar_columns(const uint32_t* src, size_t n_in, size_t n_out, int bits, void* out, int out_bits) {
+void planar_columns(const uint32_t* src, size_t n_in, size_t n_out, int bits, requant::OutRows out, int out_bits) {
   constexpr size_t edge = kEdge<uint8_t>;
   tiles_to_words(n_in, n_out, out_bits, kInOrder, 0, out,
                  [&](uint8_t* tile, size_t k, size_t inputs, size_t o, size_t outputs) {
@@ -197,9 +200,10 @@ void planar_columns(const uint32_t* src, size_t n_in, size_t n_out, int bits, vo
 // (n_out, n_in / 8). Word 4 * lane + t of a tile holds, for a = lane % 4, inputs 2a, 2a + 8,
 // 2a + 1, 2a + 9 of output 16 t + lane / 4 in nibbles 0, 1, 4, 5, and of the output eight
 // further on in nibbles 2, 3, 6, 7.
-void marlin_words(const uint32_t* src, size_t n_in, size_t n_out, uint32_t* out) {
+void marlin_words(const uint32_t* src, size_t n_in, size_t n_out, requant::OutRows to) {
   constexpr size_t deep = kEdge<uint32_t> / 2;  // tiles below one another fill lines of the result
-  const size_t tiles = n_in / 16, out_words = n_in / 8;
+  const size_t tiles = n_in / 16;
+  auto* out = static_cast<uint8_t*>(to.data);
   alignas(64) uint32_t rows[64][2 * deep];
   for (size_t n = 0; n < n_out; n += 64)
     for (size_t k = 0; k < tiles; k += deep) {
@@ -220,7 +224,7 @@ void marlin_words(const uint32_t* src, size_t n_in, size_t n_out, uint32_t* out)
         }
       }
       for (size_t r = 0; r < 64; r++)
-        std::memcpy(out + (n + r) * out_words + 2 * k, rows[r], 2 * high * sizeof(uint32_t));
+        std::memcpy(out + (n + r) * to.row_bytes + 2 * k * sizeof(uint32_t), rows[r], 2 * high * sizeof(uint32_t));
     }
 }
 

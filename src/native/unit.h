@@ -1,180 +1,26 @@
 // A unit of work: many rows of one tensor, from files or memory to files or memory.
 //
-// The rows pass in blocks that stay in a core's cache: read, cast, checked for NaN and infinity,
-// encoded, decoded again to measure the error, written. `block_bytes` is the most that a block has
-// of stored or of dense values, but for one row, and what is collected of an output before it is
-// written; about six times as much is held. Nothing here depends on the instruction set: the
-// arithmetic is that of the table of kernels.
+// The rows pass in blocks that stay in a core's cache: read, decoded or cast, checked for NaN and
+// infinity, encoded, decoded again to measure the error, written. `block_bytes` is the most that a
+// block has of stored or of dense values, but for one row, and what is collected of an output before
+// it is written; about six times as much is held. Nothing here depends on the instruction set: the
+// arithmetic is that of the table of kernels. Codes that are only moved are in unit_repack.h.
 
 #pragma once
 
-#include <atomic>
-#include <cerrno>
 #include <cmath>
-#include <cstring>
-#include <exception>
-#include <memory>
-#include <new>
-#include <utility>
-#include <vector>
-
-#include <unistd.h>
 
 #include "kernels.h"
+#include "unit_files.h"
 
 namespace requant {
 
 inline size_t itemsize(Dtype dtype) { return dtype == Dtype::F32 ? 4 : 2; }
 
-// Bytes of an open file.
-struct FileRange {
-  int fd;
-  int64_t offset;
-  size_t nbytes;
-};
+inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
+inline size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
-// A read or write that failed. index: of the range, or of the output; error: errno, 0 where a file
-// ends too early.
-struct FileError : std::exception {
-  FileError(bool is_write, size_t index, int error, int64_t offset)
-      : is_write(is_write), index(index), error(error), offset(offset) {}
-  const char* what() const noexcept override { return "a file could not be read or written"; }
-
-  bool is_write;
-  size_t index;
-  int error;
-  int64_t offset;
-};
-
-// Set by one thread, to end units of others at their next block.
-class StopFlag {
- public:
-  void set() { is_set_.store(true, std::memory_order_relaxed); }
-  bool is_set() const { return is_set_.load(std::memory_order_relaxed); }
-
- private:
-  std::atomic<bool> is_set_{false};
-};
-
-// A unit that its flag ended; what it wrote is not complete.
-struct Stopped : std::exception {
-  const char* what() const noexcept override { return "stopped"; }
-};
-
-// ---------------------------------------------------------------- bytes in and out
-
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(size_t nbytes) : data_(static_cast<uint8_t*>(::operator new(nbytes, kAlign))) {}
-  uint8_t* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Delete {
-    void operator()(uint8_t* data) const { ::operator delete(data, kAlign); }
-  };
-  std::unique_ptr<uint8_t, Delete> data_;
-};
-
-// The rows of an input, one block after another. stop: looked at before each block; or null.
-class RowReader {
- public:
-  RowReader(const void* data, const StopFlag* stop) : data_(static_cast<const uint8_t*>(data)), stop_(stop) {}
-  RowReader(std::vector<FileRange> ranges, const StopFlag* stop) : ranges_(std::move(ranges)), stop_(stop) {}
-
-  // No block is larger.
-  void reserve(size_t nbytes) {
-    if (data_ == nullptr) block_ = Buffer(nbytes);
-  }
-
-  // The next bytes; valid until the next call.
-  const uint8_t* next(size_t nbytes) {
-    if (data_ == nullptr) {
-      read(block_.get(), nbytes);
-      return block_.get();
-    }
-    check_stop();
-    data_ += nbytes;
-    return data_ - nbytes;
-  }
-
-  void read(uint8_t* into, size_t nbytes) {
-    if (data_ != nullptr) {
-      std::memcpy(into, next(nbytes), nbytes);
-      return;
-    }
-    check_stop();
-    while (nbytes > 0) {
-      while (index_ < ranges_.size() && ranges_[index_].nbytes == 0) index_++;
-      if (index_ == ranges_.size()) throw FileError{false, index_, 0, 0};
-      FileRange& range = ranges_[index_];
-      const ssize_t got = pread(range.fd, into, nbytes < range.nbytes ? nbytes : range.nbytes, range.offset);
-      if (got < 0 && errno == EINTR) continue;
-      if (got <= 0) throw FileError{false, index_, got < 0 ? errno : 0, range.offset};
-      range.offset += got;
-      range.nbytes -= size_t(got);
-      into += got;
-      nbytes -= size_t(got);
-    }
-  }
-
- private:
-  void check_stop() const {
-    if (stop_ != nullptr && stop_->is_set()) throw Stopped{};
-  }
-
-  const uint8_t* data_ = nullptr;  // null: from files
-  std::vector<FileRange> ranges_;
-  const StopFlag* stop_;
-  size_t index_ = 0;
-  Buffer block_;
-};
-
-// The rows of an output, one block after another.
-class RowWriter {
- public:
-  explicit RowWriter(void* data) : data_(static_cast<uint8_t*>(data)) {}
-  RowWriter(int fd, int64_t offset, size_t index) : fd_(fd), offset_(offset), index_(index) {}
-
-  // No block is larger than `nbytes`; so many, or `collected`, are written at a time.
-  void reserve(size_t nbytes, size_t collected) {
-    if (data_ != nullptr) return;
-    size_ = nbytes > collected ? nbytes : collected;
-    block_ = Buffer(size_);
-  }
-
-  // Room for the next bytes; they may be changed until the next call.
-  uint8_t* next(size_t nbytes) {
-    if (data_ != nullptr) {
-      data_ += nbytes;
-      return data_ - nbytes;
-    }
-    if (used_ + nbytes > size_) flush();
-    used_ += nbytes;
-    return block_.get() + used_ - nbytes;
-  }
-
-  void flush() {
-    for (size_t done = 0; done < used_;) {
-      const ssize_t got = pwrite(fd_, block_.get() + done, used_ - done, offset_);
-      if (got < 0 && errno == EINTR) continue;
-      if (got <= 0) throw FileError{true, index_, got < 0 ? errno : ENOSPC, offset_};
-      offset_ += got;
-      done += size_t(got);
-    }
-    used_ = 0;
-  }
-
- private:
-  uint8_t* data_ = nullptr;  // null: to a file
-  int fd_ = -1;
-  int64_t offset_ = 0;
-  size_t index_ = 0, size_ = 0, used_ = 0;
-  Buffer block_;
-};
-
-// ---------------------------------------------------------------- rows moved and cast
+// ---------------------------------------------------------------- bytes moved
 
 inline void copy_rows(RowReader& source, RowWriter& target, size_t nbytes, size_t block_bytes) {
   const size_t most = block_bytes > 1 ? block_bytes : 1;
@@ -186,20 +32,205 @@ inline void copy_rows(RowReader& source, RowWriter& target, size_t nbytes, size_
   target.flush();
 }
 
-// Returns the number of finite values that became infinite.
-inline size_t cast_rows(RowReader& source, Dtype from, RowWriter& target, Dtype to, size_t count, size_t block_bytes) {
-  const Kernels& k = kernels();
-  const size_t most = block_bytes > 4 ? block_bytes / 4 : 1;
-  source.reserve(most * itemsize(from));
-  target.reserve(most * itemsize(to), block_bytes);
-  size_t overflowed = 0;
-  for (size_t done = 0, size; done < count; done += size) {
-    size = count - done < most ? count - done : most;
-    const uint8_t* stored = source.next(size * itemsize(from));
-    overflowed += k.cast({stored, from}, size, {target.next(size * itemsize(to)), to});
+// ---------------------------------------------------------------- rows of values
+
+// Rows of values, cast or decoded to one dtype, a block after another.
+class ValueRows {
+ public:
+  ValueRows(Dtype dtype, size_t cols) : dtype(dtype), cols(cols) {}
+  virtual ~ValueRows() = default;
+  ValueRows(const ValueRows&) = delete;
+  ValueRows& operator=(const ValueRows&) = delete;
+
+  // Bytes of a row as it is stored.
+  virtual size_t stored_bytes() const = 0;
+  // Whether values are computed: else `next` returns them where they are.
+  virtual bool is_computed() const { return true; }
+  // No block has more rows.
+  virtual void reserve(size_t rows) = 0;
+  // The next rows, in `into` if they are computed. What it returns is valid until the next call.
+  virtual const uint8_t* next(size_t rows, uint8_t* into) = 0;
+
+  const Dtype dtype;
+  const size_t cols;
+  size_t overflowed = 0;    // finite values that became infinite in a cast
+  bool is_damaged = false;  // whether a scale or bias of codes is NaN or infinite; values have no meaning then
+};
+
+class FloatRows : public ValueRows {
+ public:
+  FloatRows(RowReader rows, Dtype stored, Dtype dtype, size_t cols)
+      : ValueRows(dtype, cols), rows_(std::move(rows)), stored_(stored) {}
+
+  size_t stored_bytes() const override { return cols * itemsize(stored_); }
+  bool is_computed() const override { return stored_ != dtype; }
+  void reserve(size_t rows) override { rows_.reserve(rows * stored_bytes()); }
+
+  const uint8_t* next(size_t rows, uint8_t* into) override {
+    const uint8_t* stored = rows_.next(rows * stored_bytes());
+    if (!is_computed()) return stored;
+    overflowed += kernels().cast({stored, stored_}, rows * cols, {into, dtype});
+    return into;
+  }
+
+ private:
+  RowReader rows_;
+  const Dtype stored_;
+};
+
+// E4M3 bytes with a scale for each block of rows and columns. NaN is left to whom the values go.
+class Float8Rows : public ValueRows {
+ public:
+  // blocks: `bytes` are null, `first_row` is that of the first row.
+  Float8Rows(RowReader rows, Float8Blocks blocks, Dtype dtype, size_t cols)
+      : ValueRows(dtype, cols), rows_(std::move(rows)), blocks_(blocks) {}
+
+  size_t stored_bytes() const override { return cols; }
+  void reserve(size_t rows) override { rows_.reserve(rows * cols); }
+
+  const uint8_t* next(size_t rows, uint8_t* into) override {
+    blocks_.bytes = rows_.next(rows * cols);
+    kernels().float8_values(blocks_, {into, dtype, rows, cols});
+    blocks_.first_row += rows;
+    return into;
+  }
+
+ private:
+  RowReader rows_;
+  Float8Blocks blocks_;
+};
+
+// Blocks of GGUF, of one type.
+class GgufRows : public ValueRows {
+ public:
+  GgufRows(RowReader rows, int type, Dtype dtype, size_t cols)
+      : ValueRows(dtype, cols), rows_(std::move(rows)), type_(type) {
+    kernels().gguf_block(type, block_);
+  }
+
+  size_t stored_bytes() const override { return cols / size_t(block_.elements) * size_t(block_.bytes); }
+  void reserve(size_t rows) override { rows_.reserve(rows * stored_bytes()); }
+
+  const uint8_t* next(size_t rows, uint8_t* into) override {
+    const uint8_t* blocks = rows_.next(rows * stored_bytes());
+    kernels().gguf_values({type_, blocks, rows * (cols / size_t(block_.elements))}, {into, dtype});
+    return into;
+  }
+
+ private:
+  RowReader rows_;
+  const int type_;
+  GgufBlock block_{};
+};
+
+// Whether a scale byte of a mode is NaN.
+inline bool has_nan_scales(Mode mode, const uint8_t* scales, size_t count) {
+  uint8_t found = 0;
+  if (mode == Mode::Nvfp4)
+    for (size_t i = 0; i < count; i++) found = uint8_t(found | uint8_t((scales[i] & 0x7f) == 0x7f));
+  else
+    for (size_t i = 0; i < count; i++) found = uint8_t(found | uint8_t(scales[i] == 0xff));
+  return found != 0;
+}
+
+// Dtypes of scales and biases as they are stored; of mode affine.
+struct GroupDtypes {
+  Dtype scales, biases;
+};
+
+// Words, scales and biases of a mode of MLX, as MLX decodes them; float32 values are rounded to
+// float32 alone, whatever the scales are.
+class CodedRows : public ValueRows {
+ public:
+  CodedRows(RowReader words, RowReader scales, RowReader biases, Target source, GroupDtypes stored, Dtype dtype,
+            size_t cols)
+      : ValueRows(dtype, cols),
+        words_(std::move(words)),
+        scales_(std::move(scales)),
+        biases_(std::move(biases)),
+        source_(source),
+        stored_(stored),
+        groups_(cols / size_t(source.group_size)) {}
+
+  size_t stored_bytes() const override {
+    const size_t of_group = is_affine() ? itemsize(stored_.scales) + itemsize(stored_.biases) : 1;
+    return word_bytes() + groups_ * of_group;
+  }
+
+  void reserve(size_t rows) override {
+    words_.reserve(rows * word_bytes());
+    scales_.reserve(rows * groups_ * (is_affine() ? itemsize(stored_.scales) : 1));
+    if (!is_affine()) return;
+    biases_.reserve(rows * groups_ * itemsize(stored_.biases));
+    if (dtype != Dtype::F32) return;
+    wide_scales_ = Buffer(rows * groups_ * sizeof(float));
+    wide_biases_ = Buffer(rows * groups_ * sizeof(float));
+  }
+
+  const uint8_t* next(size_t rows, uint8_t* into) override {
+    const Kernels& k = kernels();
+    const auto* words = reinterpret_cast<const uint32_t*>(words_.next(rows * word_bytes()));
+    const Matrix out{into, dtype, rows, cols};
+    const size_t count = rows * groups_;
+    if (is_affine()) {
+      const ConstValues scales = checked(scales_, stored_.scales, count, wide_scales_);
+      const ConstValues biases = checked(biases_, stored_.biases, count, wide_biases_);
+      k.affine_dequantize({words, scales, biases}, {source_.group_size, source_.bits}, out);
+      return into;
+    }
+    const uint8_t* scales = scales_.next(count);
+    is_damaged = is_damaged || has_nan_scales(source_.mode, scales, count);
+    if (source_.mode == Mode::Nvfp4)
+      k.nvfp4_dequantize({words, scales}, nullptr, out);
+    else
+      k.mx_dequantize({words, scales}, source_.bits, out);
+    return into;
+  }
+
+ private:
+  bool is_affine() const { return source_.mode == Mode::Affine; }
+  size_t word_bytes() const { return cols * size_t(source_.bits) / 8; }
+
+  ConstValues checked(RowReader& reader, Dtype stored, size_t count, const Buffer& wide) {
+    const Kernels& k = kernels();
+    const ConstValues found{reader.next(count * itemsize(stored)), stored};
+    is_damaged = is_damaged || k.count_nonfinite(found, count) != 0;
+    if (wide.get() == nullptr) return found;
+    k.cast(found, count, {wide.get(), Dtype::F32});
+    return {wide.get(), Dtype::F32};
+  }
+
+  RowReader words_, scales_, biases_;
+  const Target source_;
+  const GroupDtypes stored_;
+  const size_t groups_;
+  Buffer wide_scales_, wide_biases_;  // float32, where the values are
+};
+
+// Rows of a block: so many that neither stored nor dense values take more bytes, but one at least.
+inline size_t rows_of_block(const ValueRows& source, size_t rows, size_t block_bytes) {
+  const size_t widest = most(source.stored_bytes(), source.cols * itemsize(source.dtype));
+  return least(most(block_bytes / widest, 1), rows);
+}
+
+// Values written as they are. Returns how many are not finite, if they are counted.
+inline size_t write_values(ValueRows& source, RowWriter& target, size_t rows, bool counts_nonfinite,
+                           size_t block_bytes) {
+  if (rows == 0 || source.cols == 0) return 0;
+  const size_t high = rows_of_block(source, rows, block_bytes), row_bytes = source.cols * itemsize(source.dtype);
+  source.reserve(high);
+  target.reserve(high * row_bytes, block_bytes);
+  size_t nonfinite = 0;
+  for (size_t row = 0, count; row < rows; row += count) {
+    count = least(rows - row, high);
+    uint8_t* out = target.next(count * row_bytes);
+    const uint8_t* dense = source.next(count, out);
+    if (source.is_damaged) return nonfinite;
+    if (dense != out) std::memcpy(out, dense, count * row_bytes);
+    if (counts_nonfinite) nonfinite += kernels().count_nonfinite({out, source.dtype}, count * source.cols);
   }
   target.flush();
-  return overflowed;
+  return nonfinite;
 }
 
 // ---------------------------------------------------------------- rows encoded
@@ -330,51 +361,31 @@ class RowEncoder {
   std::vector<double> column_sums_;  // of squared errors, then of squared values
 };
 
-// How rows are stored: as values, or as E4M3 bytes with a scale for each block of rows and columns,
-// whose `bytes` are null, and whose `first_row` is that of the first row.
-struct StoredRows {
-  Dtype dtype;
-  bool is_float8;
-  Float8Blocks blocks;
-  size_t item_bytes() const { return is_float8 ? 1 : itemsize(dtype); }
-};
-
 struct RowTargets {
   RowWriter words, scales, biases;  // biases: of mode affine only
 };
 
-// Rows as stored, decoded or cast to `dtype`, and encoded. A block with NaN or infinity is counted
-// and left out: its codes are zeros.
-inline Findings encode_rows(RowReader& source, const StoredRows& stored, Dtype dtype, size_t rows, size_t cols,
-                            const Encoding& encoding, RowTargets& targets, size_t block_bytes) {
-  const Kernels& k = kernels();
+// Values encoded. A block with NaN or infinity is counted and left out: its codes are zeros. It ends where the
+// source is damaged.
+inline Findings encode_rows(ValueRows& source, size_t rows, const Encoding& encoding, RowTargets& targets,
+                            size_t block_bytes) {
   Findings found;
+  const size_t cols = source.cols, dense_bytes = cols * itemsize(source.dtype);
   if (rows == 0 || cols == 0) return found;
-  const size_t stored_bytes = cols * stored.item_bytes(), dense_bytes = cols * itemsize(dtype);
   const size_t word_bytes = cols * size_t(encoding.target.bits) / 8;
-  const size_t scale_bytes = cols / size_t(encoding.target.group_size) * (encoding.has_biases() ? itemsize(dtype) : 1);
-  const size_t widest = stored_bytes > dense_bytes ? stored_bytes : dense_bytes;
-  const size_t fitting = block_bytes / widest > 1 ? block_bytes / widest : 1;
-  const size_t most = fitting < rows ? fitting : rows;
-  source.reserve(most * stored_bytes);
-  targets.words.reserve(most * word_bytes, block_bytes);
-  targets.scales.reserve(most * scale_bytes, block_bytes);
-  if (encoding.has_biases()) targets.biases.reserve(most * scale_bytes, block_bytes);
-  const bool is_cast = stored.is_float8 || stored.dtype != dtype;
-  const Buffer cast(is_cast ? most * dense_bytes : 0);
-  RowEncoder encoder(encoding, dtype, cols, most);
+  const size_t scale_bytes =
+      cols / size_t(encoding.target.group_size) * (encoding.has_biases() ? itemsize(source.dtype) : 1);
+  const size_t high = rows_of_block(source, rows, block_bytes);
+  source.reserve(high);
+  targets.words.reserve(high * word_bytes, block_bytes);
+  targets.scales.reserve(high * scale_bytes, block_bytes);
+  if (encoding.has_biases()) targets.biases.reserve(high * scale_bytes, block_bytes);
+  const Buffer computed(source.is_computed() ? high * dense_bytes : 0);
+  RowEncoder encoder(encoding, source.dtype, cols, high);
   for (size_t row = 0, count; row < rows; row += count) {
-    count = rows - row < most ? rows - row : most;
-    const uint8_t* dense = source.next(count * stored_bytes);
-    if (stored.is_float8) {
-      Float8Blocks blocks = stored.blocks;
-      blocks.bytes = dense;
-      blocks.first_row += row;
-      k.float8_values(blocks, {cast.get(), dtype, count, cols});  // NaN is counted below
-    } else if (is_cast) {
-      found.overflowed += k.cast({dense, stored.dtype}, count * cols, {cast.get(), dtype});
-    }
-    if (is_cast) dense = cast.get();
+    count = least(rows - row, high);
+    const uint8_t* dense = source.next(count, computed.get());
+    if (source.is_damaged) return found;
     Encoded out{reinterpret_cast<uint32_t*>(targets.words.next(count * word_bytes)),
                 targets.scales.next(count * scale_bytes), nullptr};
     if (encoding.has_biases()) out.biases = targets.biases.next(count * scale_bytes);
@@ -384,20 +395,11 @@ inline Findings encode_rows(RowReader& source, const StoredRows& stored, Dtype d
     if (encoding.has_biases()) std::memset(out.biases, 0, count * scale_bytes);
   }
   encoder.finish(found);
+  found.overflowed = source.overflowed;
   targets.words.flush();
   targets.scales.flush();
   if (encoding.has_biases()) targets.biases.flush();
   return found;
-}
-
-// ---------------------------------------------------------------- a rectangle of a file
-
-// Rows of `row_bytes`, `stride` bytes apart in a file, put one after another.
-inline void read_spaced(int fd, int64_t offset, size_t stride, size_t rows, size_t row_bytes, uint8_t* into) {
-  for (size_t row = 0; row < rows; row++, offset += int64_t(stride), into += row_bytes) {
-    RowReader reader(std::vector<FileRange>{{fd, offset, row_bytes}}, nullptr);
-    reader.read(into, row_bytes);
-  }
 }
 
 }  // namespace requant

@@ -12,8 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from requant.checkpoints.checkpoint import OpenedSource, SourceFile, StoredTensor
-from requant.core.dtypes import HEADER_NAME, TensorInfo
+from requant.core.dtypes import TensorInfo
 from requant.errors import CheckpointError, OutputError
 from requant.execution.chunks import Chunk
 from requant.execution.direct import DirectRows, is_direct
@@ -21,15 +20,17 @@ from requant.execution.executor import join_all
 from requant.execution.hessian_cache import HessianCache
 from requant.execution.layer_stats import LayerStats
 from requant.execution.operations import WorkerBuffers, make_outputs
-from requant.execution.source_reader import RunCancelled, SourceReader
+from requant.execution.resources import ResourceLimits
+from requant.execution.source_reader import RunCancelled
+from requant.kernels.units import BLOCKS_HELD
 from requant.packings.floats import Float8
 from requant.planning.plan import EncodeParams, Operation, OutputTensor, RowMapping, Step
 from requant.quantization.config import Quantization
+from tests.support.unit_files import GAP, Files, Shards
 
 BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 TARGET = Quantization.affine(32, 4)
 ROWS, COLUMNS, MATRIX = 21, 96, 7
-GAP = 24  # bytes before each tensor of the source
 
 
 class Weights:
@@ -39,39 +40,10 @@ class Weights:
         return (np.linspace(0, 1, COLUMNS) ** (1 + 3 * matrix)).astype(np.float32)
 
 
-class Shards:
-    """One open file."""
-
-    def __init__(self, fd: int) -> None:
-        self.only = fd
-
-    def fd(self, file: str) -> int:
-        return self.only
-
-    def write_error(self, error: OSError) -> OutputError:
-        return OutputError(f"out: {error.strerror}")
-
-
-class Files:
-    """A source with tensors, and a shard for outputs."""
-
-    def __init__(self, folder: Path, tensors: dict[str, np.ndarray]) -> None:
-        data, self.inputs = bytearray(), {}
-        for role, array in tensors.items():
-            data += b"?" * GAP
-            info = TensorInfo(HEADER_NAME[array.dtype], array.shape)
-            self.inputs[role] = StoredTensor(f"w.{role}", info, "in", len(data))
-            data += array.tobytes()
-        (folder / "in").write_bytes(data)
-        self.path = folder / "out"
-        self.shard = os.open(self.path, os.O_RDWR | os.O_CREAT)
-        file = SourceFile("in", len(data), "")
-        self.reader = SourceReader([file], OpenedSource(folder), (), ())
-        self.reader.__enter__()
-
-    def close(self) -> None:
-        self.reader.__exit__()
-        os.close(self.shard)
+def direct_rows(files: Files, shard: int | None = None) -> DirectRows:
+    """Blocks of 300 bytes, and of 6 times as many where a block of outputs is held."""
+    shards = Shards(files.shard if shard is None else shard)
+    return DirectRows(files.reader, shards, ResourceLimits(1, 300 * BLOCKS_HELD))
 
 
 @pytest.fixture
@@ -118,7 +90,9 @@ def compare(files: Files, step: Step, inputs: dict[str, np.ndarray], rows: slice
     unit = Chunk(step, rows.start, rows.stop)
     assert is_direct(step)
     outputs, expected = make_outputs(unit, inputs, WorkerBuffers(HessianCache(1)))
-    made, read, written = DirectRows(files.reader, Shards(files.shard), 300).run(unit)
+    result = direct_rows(files).run(unit, WorkerBuffers(HessianCache(1)))
+    assert result is not None
+    made, read, written = result
     image = files.path.read_bytes()
     for role, out in step.outputs.items():
         row_bytes = out.info.nbytes // (out.info.size // out.info.shape[-1])
@@ -166,8 +140,9 @@ def test_rows_that_stay_dense(files: Any, operation: Operation) -> None:
     compare(made, step, {"weight": w[5:15]}, slice(5, 15))
 
 
+@pytest.mark.parametrize("operation", [Operation.RECODE, Operation.DECODE])
 @pytest.mark.parametrize("damaged", [False, True])
-def test_bytes_with_scales_of_blocks(files: Any, damaged: bool) -> None:
+def test_bytes_with_scales_of_blocks(files: Any, damaged: bool, operation: Operation) -> None:
     """Blocks of 4 rows and 64 columns: two by two a matrix. The output has one more matrix."""
     stored = values().astype(E4M3)
     scales = np.linspace(0.5, 2, 12, dtype=np.float32).reshape(6, 2)
@@ -175,21 +150,23 @@ def test_bytes_with_scales_of_blocks(files: Any, damaged: bool) -> None:
         scales[3, 1] = np.inf
     made = files(weight=stored, scale=scales)
     packing = Float8(ROWS, COLUMNS, MATRIX, (4, 64), 2)
-    step = step_of(made, Operation.RECODE, codes(4))
+    dense = {"weight": TensorInfo("BF16", (4, MATRIX, COLUMNS))}
+    step = step_of(made, operation, dense if operation is Operation.DECODE else codes(4))
     rows = replace(step.rows, output_row=MATRIX)
     step = replace(step, packing=packing, rows=rows)
     inputs = {"weight": stored[8:14], "scale": scales[2:4]}
     found = compare(made, step, inputs, slice(8, 14))  # rows of the second matrix
-    assert bool(found.damaged) == bool(found.nonfinite) == damaged
+    assert bool(found.damaged) == damaged
+    assert bool(found.nonfinite) == (damaged and operation is Operation.RECODE)
 
 
 def test_a_source_that_was_cut(files: Any) -> None:
     made = files(weight=values())
     step = step_of(made, Operation.COPY, {"weight": TensorInfo("BF16", (21, COLUMNS))})
     os.truncate(made.path.with_name("in"), GAP + 1000)
-    direct = DirectRows(made.reader, Shards(made.shard), 300)
+    direct = direct_rows(made)
     with pytest.raises(CheckpointError, match="in: ends at byte 1,024: it was cut while"):
-        direct.run(Chunk(step, 0, ROWS))
+        direct.run(Chunk(step, 0, ROWS), WorkerBuffers(HessianCache(1)))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
@@ -199,7 +176,7 @@ def test_a_disk_that_is_full(files: Any) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     try:
         with pytest.raises(OutputError, match="out: No space left"):
-            DirectRows(made.reader, Shards(full), 300).run(Chunk(step, 0, ROWS))
+            direct_rows(made, full).run(Chunk(step, 0, ROWS), WorkerBuffers(HessianCache(1)))
     finally:
         os.close(full)
 
@@ -211,7 +188,7 @@ def test_a_run_that_ends_ends_its_units(files: Any) -> None:
     for operation, outputs in ((Operation.COPY, dense), (Operation.ENCODE, codes())):
         with pytest.raises(RunCancelled):
             step = step_of(made, operation, outputs)
-            DirectRows(made.reader, Shards(made.shard), 300).run(Chunk(step, 0, ROWS))
+            direct_rows(made).run(Chunk(step, 0, ROWS), WorkerBuffers(HessianCache(1)))
     assert made.path.read_bytes() == b""
 
 

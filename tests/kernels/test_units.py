@@ -264,9 +264,9 @@ def test_rows_pass_from_files_to_files(
         os.ftruncate(files.target, 0)
         units.copy_rows(source, FilePlace(files.target, 7), w.nbytes, block_bytes=block_bytes)
         assert files.path.read_bytes()[7:] == w.tobytes()
-        wide = np.empty((1, w.size), np.float32)
-        dtypes = "BF16", "F32"
-        assert units.cast_rows(source, dtypes, wide, w.size, block_bytes=block_bytes) == 0
+        wide, flat = np.empty((w.size, 1), np.float32), StoredRows("BF16", w.size, 1)
+        cast = units.decode_rows(source, flat, wide, "F32", block_bytes=block_bytes)
+        assert cast == (0, 0, False)
         assert_same_bits(wide.reshape(w.shape), w.astype(np.float32))
     finally:
         os.close(files.source)
@@ -278,7 +278,9 @@ def test_a_cast_counts_what_overflows(files: type[Files]) -> None:
     made = files(w.tobytes())  # type: ignore[call-arg]
     source = [FileBytes(made.source, 0, w.nbytes)]
     target = FilePlace(made.target, 0)
-    assert units.cast_rows(source, ("F32", "F16"), target, 4, block_bytes=4) == 2
+    values = StoredRows("F32", 4, 1)
+    cast = units.decode_rows(source, values, target, "F16", counts_nonfinite=True, block_bytes=4)
+    assert cast == (2, 3, False)
     with np.errstate(over="ignore"):
         assert made.path.read_bytes() == w.astype(np.float16).tobytes()
 
@@ -342,7 +344,7 @@ def test_a_flag_that_is_set_ends_every_kind_of_unit(files: type[Files], from_fil
     w = normal(8, 64, BF16)
     made = files(w.tobytes())  # type: ignore[call-arg]
     ranges = [FileBytes(made.source, 0, w.nbytes)]
-    row = ranges if from_file else w.reshape(1, -1)
+    row = ranges if from_file else w.reshape(-1, 1)
     target, stop = FilePlace(made.target, 0), StopFlag()
     assert not stop.is_set()
     stop.set()
@@ -351,7 +353,7 @@ def test_a_flag_that_is_set_ends_every_kind_of_unit(files: type[Files], from_fil
         data = ranges if from_file else w.view(np.uint8).reshape(1, -1)
         units.copy_rows(data, target, w.nbytes, stop=stop)
     with pytest.raises(Stopped):
-        units.cast_rows(row, ("BF16", "F32"), target, w.size, stop=stop)
+        units.decode_rows(row, StoredRows("BF16", w.size, 1), target, "F32", stop=stop)
     with pytest.raises(Stopped):
         units.encode_rows(
             ranges if from_file else w,
@@ -398,7 +400,7 @@ def test_a_flag_ends_a_unit_that_runs() -> None:
         ({"stored": StoredRows("I32", 2, 64)}, "expected F32, F16 or BF16, got I32"),
         (
             {"stored": StoredRows("F8_E4M3", 2, 64)},
-            "block_scales: expected for F8_E4M3 and F8_E4M3FNUZ, and only for these",
+            "dtype: expected F32, F16 or BF16, got F8_E4M3",
         ),
         (
             {

@@ -15,6 +15,7 @@ void init_repack(nb::module_& m);
 void init_decode(nb::module_& m);
 void init_gguf(nb::module_& m);
 void init_unit(nb::module_& m);
+void init_unit_repack(nb::module_& m);
 
 namespace {
 
@@ -56,5 +57,6 @@ NB_MODULE(_native, m) {
   init_decode(m);
   init_gguf(m);
   init_unit(m);
+  init_unit_repack(m);
   init_isa(m);
 }

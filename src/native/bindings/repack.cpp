@@ -26,6 +26,9 @@ void unpack_words(In words, int bits, Out codes) {
   run([&] { kernels().unpack_words(data<uint32_t>(words), rows, cols, bits, data<uint8_t>(codes)); });
 }
 
+// A matrix without gaps.
+OutRows out_rows(const Out& out) { return {out.data(), out.shape(1) * size_t(out.dtype().bits / 8)}; }
+
 void transpose(In src, Out out) {
   check_rank(src, "src", 2);
   const size_t bits = src.dtype().bits;
@@ -33,7 +36,7 @@ void transpose(In src, Out out) {
     throw_value_error("src: expected uint8, uint16 or uint32, got " + to_string(src.dtype()));
   check_layout(src, "src", bits);
   check_shape(out, "out", bits, src.shape(1), src.shape(0));
-  run([&] { kernels().transpose({src.data(), bits / 8, src.shape(0), src.shape(1)}, out.data()); });
+  run([&] { kernels().transpose({src.data(), bits / 8, src.shape(0), src.shape(1)}, out_rows(out)); });
 }
 
 // Words of `bits`-bit codes along an axis; widths of packed rows are whole words.
@@ -73,7 +76,7 @@ void stream_columns(In src, int bits, Out out, int out_bits, bool interleaved, b
   const int wide = check_rows(src, bits, out, out_bits);
   run([&] {
     kernels().stream_columns({data<uint32_t>(src), src.shape(0), out.shape(0), bits}, interleaved, is_signed,
-                             out.data(), wide);
+                             out_rows(out), wide);
   });
 }
 
@@ -90,7 +93,7 @@ void planar_columns(In src, int bits, Out out, int out_bits) {
   const size_t n_in = src.shape(0) / size_t(bits) * 32, n_out = src.shape(1);
   check_layout(src, "src", 32);
   check_shape(out, "out", bytes ? 8 : 32, n_out, bytes ? n_in : n_in / 32 * size_t(wide));
-  run([&] { kernels().planar_columns({data<uint32_t>(src), n_in, n_out, bits}, out.data(), wide); });
+  run([&] { kernels().planar_columns({data<uint32_t>(src), n_in, n_out, bits}, out_rows(out), wide); });
 }
 
 void marlin_words(In src, Out out) {
@@ -101,7 +104,7 @@ void marlin_words(In src, Out out) {
   const size_t n_in = src.shape(0) * 16, n_out = src.shape(1) / 2;
   check_layout(src, "src", 32);
   check_shape(out, "out", 32, n_out, n_in / 8);
-  run([&] { kernels().marlin_words(data<uint32_t>(src), n_in, n_out, data<uint32_t>(out)); });
+  run([&] { kernels().marlin_words(data<uint32_t>(src), n_in, n_out, out_rows(out)); });
 }
 
 void awq_gemv_fast_words(In src, Out out) {

@@ -122,7 +122,7 @@ class _Run:
         self.bytes_in = sum(plan.steps[number].bytes_in for number in order)
         self.units = remaining_units(plan.steps, limits, self.progress_log)
         shards = sink.shards
-        self.direct = None if shards is None else DirectRows(reader, shards, limits.block_bytes)
+        self.direct = None if shards is None else DirectRows(reader, shards, limits)
         self.lock = threading.Lock()
         self.error: BaseException | None = None
         self.stop, self.stop_at = reader.stop, stop_at
@@ -242,10 +242,15 @@ class _Run:
                 into[row * row_bytes : stop] = data[first * row_bytes : last * row_bytes]
 
     def _run_unit(self, unit: Chunk, buffers: WorkerBuffers, computed: Arrays) -> None:
-        """Convert and write the rows of a unit, then record it."""
-        step = unit.step
+        """Convert and write the rows of a unit, then record it.
+
+        Rows in which ``direct`` finds something wrong pass through arrays, which say what.
+        """
+        step, result = unit.step, None
         if self.direct is not None and is_direct(step):
-            stats, read, written = self.direct.run(unit, computed.get(INPUT_POWER))
+            result = self.direct.run(unit, buffers, computed.get(INPUT_POWER))
+        if result is not None:
+            stats, read, written = result
             self._count(step, read, written)
         else:
             stats = LayerStats()

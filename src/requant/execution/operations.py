@@ -178,7 +178,7 @@ def encode_rows(
         if blocks is None:
             stored = units.StoredRows(HEADER_NAME[rows.dtype], *rows.shape)
         else:
-            stored = byte_rows(step, blocks, first, last)
+            stored = stored_rows(step, last - first, moved_blocks(blocks, first))
         encoding, targets = row_encoding(step, matrix, powers), QuantizedTensors.from_roles(part)
         given = [array for array in targets if array is not None]
         found = stats_of(units.encode_rows(rows, stored, given, encoding, is_encoded=is_encoded))
@@ -189,9 +189,9 @@ def encode_rows(
 
 
 def decodes_rows(step: Step) -> bool:
-    """Whether a packed layer's rows are bytes that one native call decodes and encodes."""
+    """Whether a packed layer's rows are bytes that one native call decodes, and perhaps encodes."""
     return (
-        step.operation is Operation.RECODE
+        step.operation in (Operation.RECODE, Operation.DECODE)
         and step.packing is not None
         and step.packing.has_byte_rows
         and step.rows.step == 1
@@ -199,12 +199,24 @@ def decodes_rows(step: Step) -> bool:
     )
 
 
-def byte_rows(step: Step, blocks: units.BlockScales, first: int, last: int) -> units.StoredRows:
-    """Rows ``first`` to ``last`` of those that blocks begin with."""
-    stored = step.inputs["weight"].info.dtype
-    dtype = "F8_E4M3FNUZ" if stored == "F8_E4M3FNUZ" else "F8_E4M3"  # plain bytes are E4M3
-    moved = blocks._replace(first_row=blocks.first_row + first)
-    return units.StoredRows(dtype, last - first, step.rows.columns, moved)
+def moved_blocks(blocks: units.BlockScales, rows: int) -> units.BlockScales:
+    """The scales of rows that begin so many rows further on."""
+    return blocks._replace(first_row=blocks.first_row + rows)
+
+
+def stored_rows(step: Step, rows: int, blocks: units.BlockScales | None) -> units.StoredRows:
+    """How rows of a step's inputs are stored; ``blocks`` are the scales of E4M3 bytes."""
+    dtype, columns = step.inputs["weight"].info.dtype, step.rows.columns
+    if blocks is not None:
+        dtype = "F8_E4M3FNUZ" if dtype == "F8_E4M3FNUZ" else "F8_E4M3"  # plain bytes are E4M3
+        return units.StoredRows(dtype, rows, columns, blocks)
+    if step.packing is not None:
+        return units.StoredRows("", rows, columns, step.packing.row_form)
+    if step.source is None:
+        return units.StoredRows(dtype, rows, columns)
+    has_biases = step.source.mode.has_biases
+    dtypes = [step.inputs[role].info.dtype for role in ("scales", "biases") if has_biases]
+    return units.StoredRows("", rows, columns, units.MlxCodes(step.source, *dtypes))
 
 
 def row_encoding(step: Step, matrix: int, powers: np.ndarray | None = None) -> units.RowEncoding:
@@ -272,7 +284,7 @@ def _run_packed(
     if step.operation is Operation.EXPORT:
         packing.repack(inputs, *rows, outputs, buffers)
         return LayerStats()
-    if decodes_rows(step):
+    if step.operation is Operation.RECODE and decodes_rows(step):
         stored = inputs["weight"].view(np.uint8)
         blocks = packing.block_scales(inputs, rows[0])
         return encode_rows(

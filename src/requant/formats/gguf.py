@@ -178,6 +178,13 @@ class GgufBlocks(_GgufRows):
             cuts["tensor_scale"] = _scale_cut(self.tensor_scales, start // self.matrix)
         return cuts
 
+    @property
+    def row_form(self) -> BlockType | None:
+        return None if self.tensor_scales or self.head > 1 else self.kind
+
+    def stored_codes(self, start: int, stop: int) -> BlockType | None:
+        return self.row_form
+
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Codes bit for bit; scales and biases rounded at most once."""
         words_into(self.kind, self.stored(parts), out["weight"], out["scales"], out.get("biases"))

@@ -19,6 +19,7 @@ from requant.formats.base import SourceLayer
 from requant.kernels import cast as values
 from requant.kernels import quantize as native
 from requant.kernels import repack
+from requant.kernels.units import MlxCodes
 from requant.packings.base import (
     EXACT,
     Array,
@@ -64,6 +65,10 @@ class MlxRows(Packing):
                 values.cast_into(parts[role], rows)
             else:
                 rows[:] = parts[role].view(rows.dtype)
+
+    @property
+    def row_form(self) -> MlxCodes:
+        return MlxCodes(self.encoding, *self.scale_dtypes)
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         tensors = native.QuantizedTensors.from_roles(parts)

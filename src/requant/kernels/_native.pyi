@@ -198,21 +198,37 @@ def copy_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]]
     Stopped once the flag is set.
     """
 
-def cast_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, target: numpy.typing.NDArray[Any] | tuple[int, int], dtype: str, count: int, block_bytes: int, stop: StopFlag | None) -> int:
+def write_values(sources: Sequence[numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]]], kind: tuple[str] | tuple[str, numpy.typing.NDArray[Any], int, int, int] | tuple[str, int, int, str, str] | tuple[int], target: numpy.typing.NDArray[Any] | tuple[int, int], dtype: str, rows: int, cols: int, counts_nonfinite: bool, block_bytes: int, stop: StopFlag | None) -> tuple[int, int, bool]:
     """
-    The same with values rounded; returns the number of finite values that became infinite.
+    Casts or decodes rows to dtype. kind says how they are stored: (dtype,) of floats; (dtype, scales, rows and
+    columns of a block, first row) of E4M3 bytes; (mode, group_size, bits, dtypes of scales and of biases) of
+    words, scales and biases; (type,) of blocks of GGUF. Returns (finite values that became infinite, values that
+    are not finite, if they are counted, whether a scale or bias of codes is not: then the rest is not done).
     """
 
-def encode_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, block_scales: tuple[numpy.typing.NDArray[Any], int, int, int] | None, dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, error_weights: numpy.typing.NDArray[Any] | None, is_encoded: bool, block_bytes: int, stop: StopFlag | None) -> tuple[int, int, int, int, float, float, float, float, float]:
+def encode_rows(sources: Sequence[numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]]], kind: tuple[str] | tuple[str, numpy.typing.NDArray[Any], int, int, int] | tuple[str, int, int, str, str] | tuple[int], dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, error_weights: numpy.typing.NDArray[Any] | None, is_encoded: bool, block_bytes: int, stop: StopFlag | None) -> tuple[int, int, int, int, float, float, float, float, float, bool]:
     """
-    Casts rows to dtype, encodes them into words, scales and biases, and measures the error; with is_encoded
-    only measures. F8_E4M3 and F8_E4M3FNUZ take block_scales: float32 bits, rows and columns of a block, the
-    first row. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error,
-    squared values, the largest error in steps).
+    The same, and encodes them into words, scales and biases, and measures the error; with is_encoded only
+    measures. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error, squared
+    values, the largest error in steps, both sums with the weights of a search, whether a scale or bias of the
+    source is not finite).
     """
 
 def read_spaced(fd: int, offset: int, stride: int, into: numpy.typing.NDArray[Any]) -> None:
     """Reads rows of bytes that lie stride bytes apart."""
+
+def repack_integers(words: tuple[tuple[Sequence[tuple[int, int, int]], int, int, int, int], str, int, bool, bool], scales: tuple[tuple[Sequence[tuple[int, int, int]], int, int, int, int], str, bool], zeros: tuple[str, tuple[Sequence[tuple[int, int, int]], int, int, int, int] | None, bool, bool, int, int, int, bool, str], group: int, rows: int, cols: int, group_size: int, bits: int, dtype: str, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], row_unit: int, first_row: int, measures: bool, room: numpy.typing.NDArray[Any], stop: StopFlag | None) -> tuple[float, float] | None:
+    """
+    Moves integer codes of rows into MLX's words, and rounds scales and biases once. A rectangle is (ranges of
+    files, rows, bytes of a row, left, width). words: (rectangle, order, bits, padded, interleaved); scales:
+    (rectangle, dtype, whether (groups, rows)); zeros: (kind, rectangle or None, padded, interleaved, skipped, word
+    offset, code offset, must be middle, dtype). room: uint8, for a block of outputs. Returns the squares of what
+    rounding changes and of values, of every 16th row if measures; None if a number is not finite or not as claimed:
+    the outputs are not complete then.
+    """
+
+def repack_gguf(blocks: tuple[Sequence[tuple[int, int, int]], int, int, int, int], type: int, rows: int, cols: int, mode: str, dtype: str, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], first_row: int, measures: bool, room: numpy.typing.NDArray[Any], stop: StopFlag | None) -> tuple[float, float] | None:
+    """The same with blocks of GGUF."""
 
 def isa() -> str:
     """The instruction set whose kernels run."""

@@ -4,8 +4,8 @@ One call takes many rows and holds blocks of them that stay in a core's cache: i
 checks, encodes, measures the error and writes, all without the GIL. ``block_bytes`` is the most
 that a block has of stored or of dense values, but for one row; about six times as much is held.
 
-A source is an array, or ranges of open files, one after another. A target is an array, or a place
-in an open file. Floats are float32, float16 or bfloat16.
+A source is an array, or ranges of open files, one after another; codes have several. A target is an
+array, or a place in an open file. Floats are float32, float16 or bfloat16.
 
 A ``StopFlag`` that another thread sets ends a call at its next block, with ``Stopped``; what the
 call wrote is not complete then.
@@ -24,6 +24,7 @@ from requant.kernels import _native
 from requant.kernels._native import StopFlag as StopFlag
 from requant.kernels._native import Stopped as Stopped
 from requant.kernels.float_views import as_unsigned
+from requant.kernels.gguf import BlockType
 from requant.kernels.quantize import search_weights
 from requant.quantization.config import Quantization
 
@@ -54,8 +55,19 @@ Source = Array | Sequence[FileBytes]
 Target = Array | FilePlace
 
 
+class CodeParts(NamedTuple):
+    """The sources of rows that are stored in a mode of MLX."""
+
+    words: Source
+    scales: Source
+    biases: Source | None = None  # in affine mode
+
+
 class UnitFileError(OSError):
-    """A file could not be read or written; ``errno`` is 0 where a source ends too early."""
+    """A file could not be read or written; ``errno`` is 0 where a source ends too early.
+
+    ``index`` is the number of the target, or of the range among those of all sources.
+    """
 
     def __init__(self, error: _native.FileError) -> None:
         self.is_write, self.index, number, self.offset = error.args
@@ -74,6 +86,16 @@ class Found(NamedTuple):
     max_error_steps: float  # the largest error in steps of its group
     weighted_error: float  # with a search: the sums with its weights; else 0
     weighted_values: float
+    # whether a scale or bias of the source's codes is NaN or infinite: the rest has no meaning
+    is_damaged: bool
+
+
+class Written(NamedTuple):
+    """What ``decode_rows`` found."""
+
+    overflowed: int  # finite values that became infinite in the cast
+    nonfinite: int  # values that are NaN or infinite, if they are counted
+    is_damaged: bool  # as in ``Found``
 
 
 class BlockScales(NamedTuple):
@@ -85,13 +107,32 @@ class BlockScales(NamedTuple):
     first_row: int  # of the bytes, in the blocks
 
 
-class StoredRows(NamedTuple):
-    """How rows are stored: as floats, or as E4M3 bytes."""
+class MlxCodes(NamedTuple):
+    """Rows of words, scales and, in affine mode, biases."""
 
-    dtype: str  # header name
+    quantization: Quantization
+    scales: str = ""  # header name of the dtype, in affine mode
+    biases: str = ""
+
+
+class StoredRows(NamedTuple):
+    """How rows are stored: as floats, as E4M3 bytes, as codes of MLX, or as blocks of GGUF."""
+
+    dtype: str  # header name, of floats and bytes
     rows: int
     columns: int
-    block_scales: BlockScales | None = None  # of F8_E4M3 and F8_E4M3FNUZ
+    form: BlockScales | MlxCodes | BlockType | None = None  # None for floats
+
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        """What the native functions call it."""
+        form = self.form
+        if isinstance(form, BlockScales):
+            return self.dtype, as_unsigned(form.scales), *form[1:]
+        if isinstance(form, MlxCodes):
+            q = form.quantization
+            return q.mode.value, q.group_size, q.bits, form.scales, form.biases
+        return (self.dtype,) if form is None else (form.number,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,34 +173,46 @@ def copy_rows(
         raise UnitFileError(error) from None
 
 
-def cast_rows(
-    source: Source,
-    dtypes: tuple[str, str],
+def decode_rows(
+    source: Source | CodeParts,
+    stored: StoredRows,
     target: Target,
-    count: int,
+    dtype: str,
     *,
+    counts_nonfinite: bool = False,
     block_bytes: int = BLOCK_BYTES,
     stop: StopFlag | None = None,
-) -> int:
-    """Round ``count`` values to nearest even, from the first dtype (a header name) to the second.
+) -> Written:
+    """Compute the values of rows, rounded once to ``dtype`` (a header name), and write them.
 
-    Returns:
-        How many finite values became infinite.
+    It ends early at a scale or bias of codes that is NaN or infinite. Values of codes of MLX are
+    those of ``kernels.quantize.decode_into``.
 
     Raises:
         UnitFileError: A file cannot be read or written.
         Stopped: ``stop`` was set.
     """
-    stored, wanted = dtypes
-    places = _bits(source), stored, _bits(target), wanted
+    _, rows, columns, _ = stored
     try:
-        return _native.cast_rows(*places, count, block_bytes, stop)
+        return Written(
+            *_native.write_values(
+                _sources(source),
+                stored._kind,
+                _bits(target),
+                dtype,
+                rows,
+                columns,
+                counts_nonfinite,
+                block_bytes,
+                stop,
+            )
+        )
     except _native.FileError as error:
         raise UnitFileError(error) from None
 
 
 def encode_rows(
-    source: Source,
+    source: Source | CodeParts,
     stored: StoredRows,
     targets: Sequence[Target],
     encoding: RowEncoding,
@@ -170,7 +223,8 @@ def encode_rows(
 ) -> Found:
     """Cast rows, or decode them, encode them, and measure the error of the codes.
 
-    A block with NaN or infinity is counted and gets codes of zeros.
+    A block with NaN or infinity is counted and gets codes of zeros. It ends early at a scale or
+    bias of the source's codes that is NaN or infinite.
 
     Args:
         source: The rows as stored; an array is ``(rows, columns)``.
@@ -186,14 +240,13 @@ def encode_rows(
         Stopped: ``stop`` was set.
     """
     target = encoding.target
-    dtype, rows, columns, blocks = stored
+    _, rows, columns, _ = stored
     error_weights = encoding.error_weights
     try:
         return Found(
             *_native.encode_rows(
-                _bits(source),
-                dtype,
-                None if blocks is None else (as_unsigned(blocks.scales), *blocks[1:]),
+                _sources(source),
+                stored._kind,
                 encoding.dtype,
                 rows,
                 columns,
@@ -224,6 +277,13 @@ def read_spaced(fd: int, offset: int, stride: int, into: Array) -> None:
         _native.read_spaced(fd, offset, stride, into)
     except _native.FileError as error:
         raise UnitFileError(error) from None
+
+
+def _sources(source: Source | CodeParts) -> list[Any]:
+    """All sources, in the order of ``CodeParts``."""
+    if not isinstance(source, CodeParts):
+        return [_bits(source)]
+    return [_bits(part) for part in source if part is not None]
 
 
 def _bits(place: Source | Target) -> Any:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from requant.kernels import repack
+from requant.kernels.unit_repack import StoredCodes, WordOrder, ZeroOrder
 from requant.packings.base import (
     EXACT,
     Array,
@@ -49,6 +50,22 @@ class AwqGemm(IntegerPacking):
         }
         return cuts | {"qzeros": Rect((0, self.groups), words)} if self.has_zeros else cuts
 
+    def stored_codes(self, start: int, stop: int) -> StoredCodes | None:
+        if self.rows % 32:
+            return None
+        return StoredCodes(
+            words="qweight",
+            order=WordOrder.STREAMS,
+            bits=self.bits,
+            interleaved=True,
+            scales="scales",
+            transposed_scales=True,
+            group=self.group,
+            zeros="qzeros" if self.has_zeros else "",
+            zero_order=ZeroOrder.STREAMS if self.has_zeros else ZeroOrder.MIDDLE,
+            must_be_middle=self.symmetric,
+        )
+
     def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Put the columns in order, transpose, pack: one kernel."""
         source = parts["qweight"].view(np.uint32)
@@ -85,6 +102,18 @@ class AwqGemv(IntegerPacking):
             "qzeros": Rect(rows, (0, -(-self.groups // _PER_WORD))),
             "scales": Rect(rows, (0, self.groups)),
         }
+
+    def stored_codes(self, start: int, stop: int) -> StoredCodes | None:
+        return StoredCodes(
+            words="qweight",
+            order=WordOrder.ROWS,
+            bits=self.bits,
+            scales="scales",
+            group=self.group,
+            zeros="qzeros",
+            zero_order=ZeroOrder.ROWS,
+            must_be_middle=self.symmetric,
+        )
 
     def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         out[:] = parts["qweight"].view(np.uint32)
@@ -132,6 +161,18 @@ class AwqFast(_FourBits):
         groups = Rect((0, self.groups), (start, stop))
         rows = Rect((start // 4, stop // 4), (0, self.columns))
         return {"qweight": rows, "scales": groups, self.bias_role: groups}
+
+    def stored_codes(self, start: int, stop: int) -> StoredCodes | None:
+        return StoredCodes(
+            words="qweight",
+            order=WordOrder.QUADS,
+            bits=self.bits,
+            scales="scales",
+            transposed_scales=True,
+            group=self.group,
+            zeros=self.bias_role,
+            zero_order=ZeroOrder.BIASES,
+        )
 
     def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         repack.gemv_fast_into(parts["qweight"].view(np.uint16), out)

@@ -21,7 +21,9 @@ from requant.core.json_pieces import as_data
 from requant.errors import InvariantError
 from requant.kernels import decode, repack
 from requant.kernels import quantize as native
-from requant.kernels.units import BlockScales
+from requant.kernels.gguf import BlockType
+from requant.kernels.unit_repack import StoredCodes
+from requant.kernels.units import BlockScales, MlxCodes
 from requant.quantization.config import Quantization, QuantMode
 from requant.text import format_range
 
@@ -121,6 +123,15 @@ class Packing(ABC):
     @abstractmethod
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Fill ``out``, ``(rows, columns)``, with values rounded once to its dtype."""
+
+    def stored_codes(self, start: int, stop: int) -> StoredCodes | BlockType | None:
+        """How a native call moves the codes of these rows, as ``repack`` does; None: none does."""
+        return None
+
+    @property
+    def row_form(self) -> MlxCodes | BlockType | None:
+        """How rows of all parts are stored that a native call decodes; None: none does."""
+        return None
 
     def block_scales(self, parts: Parts, start: int) -> BlockScales:
         """The scales of rows from ``start`` on, where ``has_byte_rows``."""

@@ -13,6 +13,7 @@ from enum import StrEnum
 import numpy as np
 
 from requant.errors import InvariantError
+from requant.kernels.unit_repack import StoredCodes, WordOrder, ZeroOrder
 from requant.packings.base import (
     Array,
     IntegerPacking,
@@ -116,6 +117,30 @@ class CtPacked(_CtInteger):
         codes = (words.view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << self.bits) - 1)
         return codes.reshape(words.shape[0], -1)[:, :count].astype(np.uint8)
 
+    def stored_codes(self, start: int, stop: int) -> StoredCodes | None:
+        """None where rows share scales, or zeros are bytes."""
+        if self.scale_width != self.groups or self.scale_rows != 1:
+            return None
+        if self.zero_points is Zeros.SIGNED:
+            return None
+        is_packed = self.zero_points is Zeros.PACKED
+        return StoredCodes(
+            words="weight_packed",
+            order=WordOrder.ROWS,
+            bits=self.bits,
+            padded=self.padded,
+            scales="weight_scale",
+            group=self.group,
+            zeros="weight_zero_point" if is_packed else "",
+            zero_order=ZeroOrder.COLUMNS if is_packed else ZeroOrder.MIDDLE,
+            skipped_zeros=self._skipped_zeros(start) if is_packed else 0,
+            must_be_middle=self.symmetric and is_packed,
+        )
+
+    def _skipped_zeros(self, start: int) -> int:
+        """Zeros in the first word, or block of 32, that lie before that of a row."""
+        return start % self.matrix % (32 // self.bits if self.padded else 32)
+
     def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         if not self.padded and mlx_bits(self.bits) == self.bits:
             out[:] = parts["weight_packed"].view(np.uint32)
@@ -129,8 +154,7 @@ class CtPacked(_CtInteger):
         if self.zero_points is not Zeros.PACKED:
             return super().zeros(parts, start, stop)
         words = np.ascontiguousarray(parts["weight_zero_point"].T)
-        within = start % self.matrix
-        skipped = within % (32 // self.bits if self.padded else 32)
+        skipped = self._skipped_zeros(start)
         zeros = self._unpacked(words, skipped + stop - start)[:, skipped:]
         return zeros.T.astype(np.float32)
 
@@ -153,6 +177,9 @@ class CtActOrder(CtPacked):
         which = start // self.matrix if self.index_of_each else 0
         index = Rect((which, which + 1), (0, self.columns))
         return {**super().required_rects(start, stop), "weight_g_idx": index}
+
+    def stored_codes(self, start: int, stop: int) -> None:
+        """None, as for ``encoding``."""
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         of = parts["weight_g_idx"].reshape(-1)

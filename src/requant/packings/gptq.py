@@ -15,6 +15,7 @@ import numpy as np
 
 from requant.kernels import quantize as native
 from requant.kernels import repack
+from requant.kernels.unit_repack import StoredCodes, WordOrder, ZeroOrder
 from requant.packings.base import (
     Array,
     IntegerPacking,
@@ -76,6 +77,31 @@ class Gptq(IntegerPacking):
             cuts["g_idx"] = Rect((0, 1), (0, self.columns))
         return cuts
 
+    def stored_codes(self, start: int, stop: int) -> StoredCodes | None:
+        """None for inputs out of order, for planes of zeros, and for streams that are unpacked."""
+        if self.act_order or self.word_bits != 32 or self.rows % 32:
+            return None
+        if self.has_zeros if self.planar else self.bits not in _MLX_STREAM:
+            return None
+        return StoredCodes(
+            words="qweight",
+            order=WordOrder.PLANES if self.planar else WordOrder.COLUMNS,
+            bits=self.bits,
+            scales="scales",
+            transposed_scales=True,
+            group=self.group,
+            zeros="qzeros" if self.has_zeros else "",
+            zero_order=ZeroOrder.STREAMS if self.has_zeros else ZeroOrder.MIDDLE,
+            word_offset=self._ones if self.stored_zeros is Zeros.WORD_PLUS_ONE else 0,
+            code_offset=int(self.stored_zeros is Zeros.PLUS_ONE),
+            must_be_middle=self.symmetric,
+        )
+
+    @property
+    def _ones(self) -> int:
+        """A word whose fields are one each."""
+        return sum(1 << shift for shift in range(0, 32, self.bits))
+
     def words(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """A stream of MLX's own width is only transposed."""
         if self.planar and not self.act_order:
@@ -123,8 +149,7 @@ class Gptq(IntegerPacking):
 def stored_zeros(qzeros: Array, bits: int, count: int, packing: Gptq) -> Array:
     """The zeros ``(groups, count)``, whatever the file stores for them."""
     if packing.stored_zeros is Zeros.WORD_PLUS_ONE:
-        ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-        qzeros = qzeros.view(np.uint32) + ones  # modulo 2^32
+        qzeros = qzeros.view(np.uint32) + np.uint32(packing._ones)  # modulo 2^32
     fields = (plane_codes if packing.planar else stream_codes)(qzeros, bits, count)
     if packing.stored_zeros is Zeros.PLUS_ONE:
         fields = (fields + np.uint8(1)) & np.uint8((1 << bits) - 1)

@@ -167,6 +167,9 @@ class RotatedGemm(AwqGemm):
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         return super().required_rects(start, stop) | _rotation_cuts(self.krot, self.columns)
 
+    def stored_codes(self, start: int, stop: int) -> None:
+        """None: nobody would look at the numbers of the rotation."""
+
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """The plain weight, in float32 and rounded once."""
         wide = scratch.take("rotated", "F32", stop - start, 4 * self.columns)
