@@ -197,49 +197,6 @@ def test_a_budget_counts_what_is_lost_as_the_search_does(source: Path, tmp_path:
     assert bits[0] > 0 > bits[1]
 
 
-@pytest.mark.parametrize("weights", [None, np.linspace(0, 2, 96).astype(np.float32)])
-def test_weighted_errors_are_the_sums(weights: np.ndarray | None) -> None:
-    """Against float64, matrix by matrix."""
-    from requant.checkpoints.checkpoint import StoredTensor
-    from requant.core.dtypes import TensorInfo
-    from requant.execution.chunks import Chunk
-    from requant.execution.hessian_cache import HessianCache
-    from requant.execution.operations import WorkerBuffers, make_outputs
-    from requant.kernels.quantize import QuantizedTensors, dequantize
-    from requant.planning.plan import EncodeParams, Operation, OutputTensor, RowMapping, Step
-
-    class Of:
-        def weights(self, matrix: int) -> np.ndarray | None:
-            return None if weights is None else weights * (matrix + 1)
-
-    importance: Any = Of()
-    target = Quantization.affine(32, 3)
-    infos = {
-        "weight": TensorInfo("U32", (2, 7, 9)),
-        "scales": TensorInfo("BF16", (2, 7, 3)),
-        "biases": TensorInfo("BF16", (2, 7, 3)),
-    }
-    step = Step(
-        layer="w",
-        operation=Operation.ENCODE,
-        rows=RowMapping(count=14, columns=96),
-        inputs={"weight": StoredTensor("w", TensorInfo("BF16", (2, 7, 96)), "m", 0)},
-        outputs={role: OutputTensor(f"w.{role}", info) for role, info in infos.items()},
-        encode=EncodeParams(target=target, importance=importance, weighted_error=True),
-        dtype="BF16",
-    )
-    dense = np.random.default_rng(0).normal(0, 1, (10, 96)).astype(BF16)
-    matrices = np.array([0] * 3 + [1] * 7)
-    chunk = Chunk(step, 4, 14)  # three rows of the first matrix
-    buffers = WorkerBuffers(HessianCache(1))
-    outputs, found = make_outputs(chunk, {"weight": dense}, buffers)
-    each = np.ones((10, 96)) if weights is None else np.outer(matrices + 1.0, weights)
-    wide = dense.astype(np.float64)
-    far = dequantize(QuantizedTensors.from_roles(outputs), target).astype(np.float64)
-    assert found.squared_error == pytest.approx((each * (far - wide) ** 2).sum(), rel=1e-5)
-    assert found.squared_values == pytest.approx((each * wide**2).sum(), rel=1e-5)
-
-
 @pytest.mark.parametrize("chunks", [1, 3, 7, 11])
 def test_a_stopped_run_resumes_within_a_layer(
     chunks: int, source: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

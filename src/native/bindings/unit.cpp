@@ -101,7 +101,7 @@ using Found = std::tuple<size_t, ptrdiff_t, size_t, size_t, double, double, doub
 Found encode_rows_from(Source source, const std::string& source_dtype, std::optional<BlockScales> block_scales,
                        const std::string& dtype, size_t rows, size_t cols, const std::string& mode, int group_size, int bits, std::vector<Output> targets,
                        std::optional<std::string> level, std::optional<In> weights, bool by_magnitude,
-                       std::optional<In> error_weights, bool is_encoded, size_t block_bytes, const StopFlag* stop) {
+                       bool is_encoded, size_t block_bytes, const StopFlag* stop) {
   const Dtype to = dtype_of(dtype);
   const StoredRows stored = stored_rows(source_dtype, block_scales, rows, cols);
   Encoding encoding{};
@@ -114,7 +114,6 @@ Found encode_rows_from(Source source, const std::string& source_dtype, std::opti
     encoding.search.best = *level == "best";
     encoding.search.by_magnitude = by_magnitude;
   }
-  encoding.error_weights = weights_of(error_weights, "error_weights", cols);
   encoding.is_encoded = is_encoded;
   const size_t count = encoding.has_biases() ? 3 : 2;
   if (targets.size() != count)
@@ -166,12 +165,11 @@ void init_unit(nb::module_& m) {
   m.def("encode_rows", &encode_rows_from, "source"_a.noconvert(), "source_dtype"_a,
         "block_scales"_a.noconvert().none(), "dtype"_a, "rows"_a, "cols"_a,
         "mode"_a, "group_size"_a, "bits"_a, "targets"_a.noconvert(), "level"_a.none(), "weights"_a.noconvert().none(), "by_magnitude"_a,
-        "error_weights"_a.noconvert().none(), "is_encoded"_a, "block_bytes"_a,
-        "stop"_a.none(),
+        "is_encoded"_a, "block_bytes"_a, "stop"_a.none(),
         "Casts rows to dtype, encodes them into words, scales and biases, and measures the error; with is_encoded\n"
         "only measures. F8_E4M3 and F8_E4M3FNUZ take block_scales: float32 bits, rows and columns of a block, the\n"
         "first row. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error,\n"
-        "squared values, the largest error in steps).");
+        "squared values, the largest error in steps, and with a level the weighted sums).");
   m.def("read_spaced", &read_spaced_from, "fd"_a, "offset"_a, "stride"_a, "into"_a.noconvert(),
         "Reads rows of bytes that lie stride bytes apart.");
 }

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from math import prod
 
 from requant.bit_allocation.measurements import Candidate, Errors, Measured, MeasuredErrors
 from requant.core.reasons import ReasonCode
@@ -110,7 +109,9 @@ class _TrialRun:
         sink = CandidateErrors(trials, kept.add)
         limits = plan_resources(plan, run.threads, run.max_memory, run.chunk_bytes)
         try:
-            found = run_plan(plan, self.source, sink, limits, run.progress).findings
+            found = run_plan(
+                plan, self.source, sink, limits, run.progress, take_powers=sink.take_powers
+            ).findings
         finally:
             kept.save()
         stats = {layer: x for layer, x in found.items() if x.is_not_a_number}
@@ -124,9 +125,8 @@ class _TrialRun:
             if len(specs) < 2:
                 continue
             found = {spec: errors[layer][spec] for spec in self.steps[layer]}
-            energy = _six_digits(max((values for _, values in found.values()), default=0.0))
             layers[layer] = tuple(
-                Candidate(spec, nbytes, _six_digits(found.get(spec, (0.0, 0.0))[0]), energy)
+                Candidate(spec, nbytes, *map(_six_digits, found.get(spec, (0.0, 0.0))))
                 for spec, nbytes in specs.items()
             )
         free = [x for x in self.base.layers if x.layer in layers]
@@ -135,7 +135,6 @@ class _TrialRun:
             fixed_bytes=self.base.bytes_out - sum(x.nbytes for x in free),
             fixed={x.layer: spec for x in self.base.layers if (spec := self._fixed(x, layers))},
             layers=layers,
-            sizes={x.layer: prod(x.shape) for x in free},
             tied_groups=_tied_layer_groups(layers),
         )
 

@@ -203,12 +203,12 @@ def cast_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]]
     The same with values rounded; returns the number of finite values that became infinite.
     """
 
-def encode_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, block_scales: tuple[numpy.typing.NDArray[Any], int, int, int] | None, dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, error_weights: numpy.typing.NDArray[Any] | None, is_encoded: bool, block_bytes: int, stop: StopFlag | None) -> tuple[int, int, int, int, float, float, float, float, float]:
+def encode_rows(source: numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]], source_dtype: str, block_scales: tuple[numpy.typing.NDArray[Any], int, int, int] | None, dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, is_encoded: bool, block_bytes: int, stop: StopFlag | None) -> tuple[int, int, int, int, float, float, float, float, float]:
     """
     Casts rows to dtype, encodes them into words, scales and biases, and measures the error; with is_encoded
     only measures. F8_E4M3 and F8_E4M3FNUZ take block_scales: float32 bits, rows and columns of a block, the
     first row. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error,
-    squared values, the largest error in steps).
+    squared values, the largest error in steps, and with a level, weights or by_magnitude the weighted sums).
     """
 
 def read_spaced(fd: int, offset: int, stride: int, into: numpy.typing.NDArray[Any]) -> None:
