@@ -162,41 +162,6 @@ def test_memory_of_the_factorisation_is_in_the_plan(source: Path, stats: Path) -
     assert peaks[0].peak_bytes - peaks[1].peak_bytes >= 96 * 96 * 36
 
 
-def test_a_budget_counts_what_is_lost_as_the_search_does(source: Path, tmp_path: Path) -> None:
-    """Where only inputs count that half of the weights never touch, bits go to the other layer."""
-    reported: dict[str, Any] = {
-        "budget": 11.5,
-        "layout": "keep",
-        "group_size": 32,
-        "search": "best",
-    }
-    bits = []
-    for loud in (Q, DOWN):
-        path = tmp_path / f"{loud}.safetensors"
-        layers = {
-            name: LayerStatistics(np.full(SHAPES[name][-1], 1.0, np.float32), np.ones(1))
-            for name in (Q, DOWN)
-        }
-        # One group of the quiet layer alone counts; it is all zeros, so nothing is lost there.
-        quiet = DOWN if loud == Q else Q
-        squares = np.zeros(SHAPES[quiet][-1], np.float32)
-        squares[:32] = 1.0
-        layers[quiet] = LayerStatistics(squares, np.ones(1))
-        write_statistics(path, layers)
-        weights = dict(read_folder(source))
-        for name in (Q, DOWN):
-            array = weights[f"{name}.weight"].copy()
-            array[:, :32] = 0
-            weights[f"{name}.weight"] = array
-        (source / "model.safetensors").unlink()
-        write_file(source / "model.safetensors", weights)
-        plan = requant.plan(source, statistics=path, only=["q_proj", "down_proj"], **reported)
-        assert plan.quantization is not None
-        found = {x.layer: x.nbytes / np.prod(x.shape) for x in plan.layers}
-        bits.append(found[Q] - found[DOWN])
-    assert bits[0] > 0 > bits[1]
-
-
 @pytest.mark.parametrize("chunks", [1, 3, 7, 11])
 def test_a_stopped_run_resumes_within_a_layer(
     chunks: int, source: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
