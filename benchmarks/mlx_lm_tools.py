@@ -1,4 +1,4 @@
-"""Run gptq, awq or dwq of mlx-lm over a text of one's own, in place of one that it downloads.
+"""Run gptq, awq or dwq of mlx-lm over a given text, in place of the one that it downloads.
 
 python benchmarks/mlx_lm_tools.py gptq TEXT TOKENS --model DENSE --mlx-path OUT --bits 4
 """
