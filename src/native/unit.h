@@ -240,8 +240,7 @@ struct Encoding {
   Target target;
   bool is_searched;
   Search search;
-  bool is_encoded;             // the outputs hold the codes already: only the error is measured
-  const float* error_weights;  // one for each column: the error is measured with them; or null
+  bool is_encoded;  // the outputs hold the codes already: only the error is measured
   bool has_biases() const { return target.mode == Mode::Affine; }
 };
 
@@ -261,11 +260,7 @@ class RowEncoder {
  public:
   RowEncoder(Encoding encoding, Dtype dtype, size_t cols, size_t most_rows)
       : k_(kernels()), encoding_(encoding), dtype_(dtype), cols_(cols) {
-    if (encoding.is_searched || encoding.error_weights != nullptr)
-      decoded_ = Buffer(most_rows * cols * itemsize(dtype));
-    if (encoding.error_weights == nullptr) return;
-    wide_ = Buffer(2 * cols * sizeof(float));
-    column_sums_.resize(2 * cols);
+    if (encoding.is_searched) decoded_ = Buffer(most_rows * cols * itemsize(dtype));
   }
 
   // False, and codes without a meaning, if a value is not finite.
@@ -281,10 +276,9 @@ class RowEncoder {
       k_.quantize_measured(w, encoding_.target, out, error_);
     }
     if (error_.nonfinite != nonfinite) return false;
-    if (decoded_.get() != nullptr) dequantize(out, {decoded_.get(), dtype_, rows, cols_});
-    if (encoding_.is_searched)
-      k_.weighted_errors(w, decoded_.get(), size_t(encoding_.target.group_size), encoding_.search, weighted_);
-    if (encoding_.error_weights != nullptr) add_weighted(dense, rows);
+    if (!encoding_.is_searched) return true;
+    dequantize(out, {decoded_.get(), dtype_, rows, cols_});
+    k_.weighted_errors(w, decoded_.get(), size_t(encoding_.target.group_size), encoding_.search, weighted_);
     return true;
   }
 
@@ -297,17 +291,10 @@ class RowEncoder {
     found.flushed_groups += error_.flushed;
     found.nonfinite = error_.nonfinite;
     if (error_.nonfinite != 0) found.first_nonfinite_row = ptrdiff_t(error_.first_nonfinite / cols_);
-    if (encoding_.is_searched && error_.nonfinite == 0) {
-      k_.total_errors(weighted_, sums);
-      found.weighted_error = sums[0];
-      found.weighted_values = sums[1];
-    }
-    if (encoding_.error_weights == nullptr) return;
-    found.squared_error = found.squared_values = 0.0;
-    for (size_t i = 0; i < cols_; i++) {
-      found.squared_error += double(encoding_.error_weights[i]) * column_sums_[i];
-      found.squared_values += double(encoding_.error_weights[i]) * column_sums_[cols_ + i];
-    }
+    if (!encoding_.is_searched || error_.nonfinite != 0) return;
+    k_.total_errors(weighted_, sums);
+    found.weighted_error = sums[0];
+    found.weighted_values = sums[1];
   }
 
  private:
@@ -335,30 +322,13 @@ class RowEncoder {
     }
   }
 
-  void add_weighted(const void* dense, size_t rows) {
-    auto* values = reinterpret_cast<float*>(wide_.get());
-    float* decoded = values + cols_;
-    double *errors = column_sums_.data(), *squares = errors + cols_;
-    const size_t row_bytes = cols_ * itemsize(dtype_);
-    for (size_t row = 0; row < rows; row++) {
-      k_.cast({static_cast<const uint8_t*>(dense) + row * row_bytes, dtype_}, cols_, {values, Dtype::F32});
-      k_.cast({decoded_.get() + row * row_bytes, dtype_}, cols_, {decoded, Dtype::F32});
-      for (size_t i = 0; i < cols_; i++) {
-        const float error = decoded[i] - values[i];
-        errors[i] += double(error) * double(error);
-        squares[i] += double(values[i]) * double(values[i]);
-      }
-    }
-  }
-
   const Kernels& k_;
   const Encoding encoding_;
   const Dtype dtype_;
   const size_t cols_;
   EncodingError error_{};
   ErrorSums weighted_{};
-  Buffer decoded_, wide_;            // with weights: values of a block; a row of both, float32
-  std::vector<double> column_sums_;  // of squared errors, then of squared values
+  Buffer decoded_;  // values of a block
 };
 
 struct RowTargets {

@@ -12,6 +12,7 @@ import requant
 from requant.bit_allocation import choose, measure
 from requant.bit_allocation.measurements import Measured, MeasuredErrors, measurements_path
 from requant.execution.executor import Progress
+from requant.importance.reader import LayerStatistics, write_statistics
 from requant.planning import planner
 from tests.support.checkpoints import model, write_checkpoint
 from tests.support.fixture_folders import fixture
@@ -59,13 +60,16 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
-def check_errors(source: Path, found: Measured, specs: list[str], output: Path) -> int:
+def check_errors(
+    source: Path, found: Measured, specs: list[str], output: Path, **options: Any
+) -> int:
     """Compare errors with those of conversions to one quantization; how many were compared."""
     compared = 0
     for spec in specs:
         bits, group_size = map(int, spec.split(":"))
         folder = output / spec.replace(":", "-")
-        report = requant.convert(source, folder, bits=bits, group_size=group_size, **KEEP)
+        asked = {"bits": bits, "group_size": group_size} | KEEP | options
+        report = requant.convert(source, folder, **asked)
         for layer, error in report.errors.items():
             candidates = {x.spec: x for x in found.layers[layer]}
             if spec in candidates:
@@ -75,16 +79,27 @@ def check_errors(source: Path, found: Measured, specs: list[str], output: Path) 
     return compared
 
 
+@pytest.mark.parametrize("has_statistics", [False, True])
 def test_errors_are_those_of_conversions(
-    source: Path, tmp_path: Path, measured: list[Measured]
+    source: Path, tmp_path: Path, measured: list[Measured], has_statistics: bool
 ) -> None:
-    requant.plan(source, budget=5, **KEEP)
+    """Scales are searched with the same weights: statistics, or estimated powers of inputs."""
+    options: dict[str, Any] = {"search": "fast"}
+    if has_statistics:
+        file = tmp_path / "statistics.safetensors"
+        powers = np.exp(np.random.default_rng(5).normal(0, 2, 128)).astype(np.float32)
+        seen = {f"model.layers.{n}.mlp.up_proj": (n + 1) * powers for n in range(3)}
+        count = np.array([100.0])
+        write_statistics(file, {x: LayerStatistics(y, count) for x, y in seen.items()}, {})
+        options["statistics"] = file
+    requant.plan(source, budget=5, **KEEP, **options)
     (found,) = measured
     assert [x.spec for x in found.layers["model.layers.1.mlp.up_proj"]] == [
         f"{bits}:{group_size}" for group_size in (32, 64, 128) for bits in (2, 3, 4, 5, 6, 8)
     ]
     assert {x.spec[2:] for x in found.layers["model.layers.0.mlp.down_proj"]} == {"32"}
-    assert check_errors(source, found, ["2:32", "3:64", "8:128"], tmp_path) == 4 + 3 + 3
+    specs = ["2:32", "3:64", "8:128"]
+    assert check_errors(source, found, specs, tmp_path, **options) == 4 + 3 + 3
 
 
 @pytest.mark.slow
@@ -93,9 +108,9 @@ def test_errors_of_other_formats(name: str, tmp_path: Path, measured: list[Measu
     """Rows are decoded once, and encoded as in a conversion; codes that stay have no error."""
     source = fixture(name) / "checkpoint"
     source = next(source.glob("*.gguf"), source)
-    requant.plan(source, budget=8, **KEEP)
+    requant.plan(source, budget=8, search="fast", **KEEP)
     (found,) = measured
-    assert check_errors(source, found, ["2:32", "3:64"], tmp_path) > 4
+    assert check_errors(source, found, ["2:32", "3:64"], tmp_path, search="fast") > 4
 
 
 def test_the_source_is_read_once(source: Path, reads: list[int]) -> None:
@@ -129,14 +144,14 @@ def test_a_stopped_measuring_resumes(
     expected = requant.plan(source, budget=4, **KEEP)
     run_plan, steps = measure.run_plan, []
 
-    def run_two(plan: Any, *rest: Any) -> None:
+    def run_two(plan: Any, *rest: Any, **named: Any) -> None:
         steps.append(len(plan.steps))
-        run_plan(plan.__class__(**vars(plan) | {"steps": plan.steps[:2]}), *rest)
+        run_plan(plan.__class__(**vars(plan) | {"steps": plan.steps[:2]}), *rest, **named)
         raise KeyboardInterrupt
 
-    def run_all(plan: Any, *rest: Any) -> Any:
+    def run_all(plan: Any, *rest: Any, **named: Any) -> Any:
         steps.append(len(plan.steps))
-        return run_plan(plan, *rest)
+        return run_plan(plan, *rest, **named)
 
     monkeypatch.setattr(measure, "run_plan", run_two)
     with pytest.raises(KeyboardInterrupt):
@@ -158,9 +173,9 @@ def test_layers_that_are_not_finite_do_not_repeat_the_others(
     runs: list[int] = []
     run_plan = measure.run_plan
 
-    def run(plan: Any, *rest: Any) -> Any:
+    def run(plan: Any, *rest: Any, **named: Any) -> Any:
         runs.append(len(plan.steps))
-        return run_plan(plan, *rest)
+        return run_plan(plan, *rest, **named)
 
     monkeypatch.setattr(measure, "run_plan", run)
     requant.convert(source, tmp_path / "out", budget=9, allow_nonfinite=True, **KEEP)

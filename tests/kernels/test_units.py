@@ -184,15 +184,21 @@ def test_step_of_a_scale_byte(target: Quantization, byte: int, step: float) -> N
     assert (found.squared_error, found.max_error_steps) == (0.25, 0.5 / step)
 
 
+@pytest.mark.parametrize("by_magnitude", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_errors_take_weights(dtype: np.dtype) -> None:
-    w, weights = normal(11, 64, dtype), np.linspace(0, 2, 64).astype(np.float32)
-    encoding = RowEncoding(FOUR_BITS, NAMES[dtype.name], error_weights=weights)
+def test_errors_take_the_weights_of_a_search(dtype: np.dtype, by_magnitude: bool) -> None:
+    w, columns = normal(11, 64, dtype), np.linspace(0, 2, 64).astype(np.float32)
+    name = NAMES[dtype.name]
+    encoding = RowEncoding(FOUR_BITS, name, "fast", weights=columns, by_magnitude=by_magnitude)
     out, found = encode(w, encoding, 300)
     decoded = dequantize(QuantizedTensors(*out), FOUR_BITS).astype(np.float64)
-    wide = w.astype(np.float64)
-    assert found.squared_error == pytest.approx((weights * (wide - decoded) ** 2).sum(), rel=1e-6)
-    assert found.squared_values == pytest.approx((weights * wide**2).sum(), rel=1e-6)
+    wide, weights = w.astype(np.float64), columns / 2.0  # the largest counts 1
+    if by_magnitude:  # rows are one group each
+        means = np.abs(wide).mean(-1, keepdims=True)
+        weights = weights * (np.abs(wide) / means + 0.375)
+    error, values = (weights * (wide - decoded) ** 2).sum(), (weights * wide**2).sum()
+    assert found.weighted_error == pytest.approx(error, rel=1e-6)
+    assert found.weighted_values == pytest.approx(values, rel=1e-6)
 
 
 # ---------------------------------------------------------------- files

@@ -1,5 +1,6 @@
 """Products by NumPy, held against MLX's own; and that they replace those of MLX only there."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,3 +121,20 @@ def test_threads_change_no_bit(monkeypatch: MonkeyPatch) -> None:
             made.append((np.array(linear(x)), np.array(attended)))
     for one, four in zip(*made, strict=True):
         assert one.tobytes() == four.tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_are_limited(threads: int) -> None:
+    """By the outermost context, also where products are inside another one."""
+    seen: set[int] = set()
+    ready = threading.Barrier(threads)
+
+    def compute(number: int) -> None:
+        seen.add(threading.get_ident())
+        if number < threads:  # each thread takes one of these
+            ready.wait(30)
+
+    with blas.product_threads(threads), blas.blas_products():
+        blas.in_parallel(compute, range(20))
+    assert len(seen) == threads
+    assert threading.get_ident() not in seen

@@ -127,7 +127,7 @@ using Found = std::tuple<size_t, ptrdiff_t, size_t, size_t, double, double, doub
 Found encode_rows_from(std::vector<Source> sources, Kind kind, const std::string& dtype, size_t rows, size_t cols,
                        const std::string& mode, int group_size, int bits, std::vector<Output> targets,
                        std::optional<std::string> level, std::optional<In> weights, bool by_magnitude,
-                       std::optional<In> error_weights, bool is_encoded, size_t block_bytes, const StopFlag* stop) {
+                       bool is_encoded, size_t block_bytes, const StopFlag* stop) {
   Encoding encoding{};
   encoding.target = target_of(mode, group_size, bits);
   check_multiple("source", cols, group_size);
@@ -139,7 +139,6 @@ Found encode_rows_from(std::vector<Source> sources, Kind kind, const std::string
     encoding.search.best = *level == "best";
     encoding.search.by_magnitude = by_magnitude;
   }
-  encoding.error_weights = weights_of(error_weights, "error_weights", cols);
   encoding.is_encoded = is_encoded;
   for (const Output& target : targets)
     if (is_encoded && !std::holds_alternative<Out>(target)) throw_value_error("targets: expected arrays with codes");
@@ -190,7 +189,7 @@ void init_unit(nb::module_& m) {
         "are not finite, if they are counted, whether a scale or bias of codes is not: then the rest is not done).");
   m.def("encode_rows", &encode_rows_from, "sources"_a.noconvert(), "kind"_a.noconvert(), "dtype"_a, "rows"_a, "cols"_a,
         "mode"_a, "group_size"_a, "bits"_a, "targets"_a.noconvert(), "level"_a.none(), "weights"_a.noconvert().none(),
-        "by_magnitude"_a, "error_weights"_a.noconvert().none(), "is_encoded"_a, "block_bytes"_a, "stop"_a.none(),
+        "by_magnitude"_a, "is_encoded"_a, "block_bytes"_a, "stop"_a.none(),
         "The same, and encodes them into words, scales and biases, and measures the error; with is_encoded only\n"
         "measures. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error, squared\n"
         "values, the largest error in steps, both sums with the weights of a search, whether a scale or bias of the\n"

@@ -32,6 +32,7 @@ from requant.mlx_lm.evaluation import (
     read_tokens,
 )
 from requant.mlx_vlm.image_prompts import ImagePrompt, image_prompts
+from requant.nn.blas_products import product_threads
 from requant.planning.plan import OutputTensor, Plan, Step
 from requant.planning.planner import Planned, plan_with_source
 from requant.planning.release_order import subplan
@@ -205,7 +206,8 @@ def _evaluate(
     if len(ids) + len(prompts) < 2:
         raise UsageError("a standard error needs two windows: give a text or more images")
     model_b, _ = load_as_stored(b, with_images=with_images, threads=threads)
-    return evaluate(model_a, model_b, [*ids, *prompts], progress)
+    with product_threads(threads):
+        return evaluate(model_a, model_b, [*ids, *prompts], progress)
 
 
 def _plans(a: Source, b: Source) -> list[Planned]:

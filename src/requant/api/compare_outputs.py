@@ -26,6 +26,7 @@ from requant.mlx_lm.evaluation import (
     evaluate_against,
     read_tokens,
 )
+from requant.nn.blas_products import product_threads
 from requant.planning.planner import make_plan
 from requant.quantization.options import ConvertOptions
 from requant.sources.hub_repository import find_repository
@@ -95,7 +96,7 @@ def compare_outputs(
         cache: Folder in which what the dense model predicts is kept, and found by later calls with
             the same model and text: 4 bytes times tokens times width of the model. None keeps
             nothing.
-        threads: Threads that decode the sources.
+        threads: Threads that decode the sources, and that compute on a CPU.
         progress: Called with what is at hand, how much is done, and of how much.
 
     Returns:
@@ -118,7 +119,7 @@ def compare_outputs(
     sizes = [_size(source) for source in (dense, *outputs)]
     ids = read_tokens(Path(text), load_tokenizer(dense, plan_text_model(dense)), tokens, window)
     scores = []
-    with TemporaryDirectory() as temporary:
+    with TemporaryDirectory() as temporary, product_threads(threads):
         folder = Path(temporary if cache is None else cache)
         predictions = DensePredictions(dense, ids, folder, threads, progress)
         for output, (nbytes, bits) in zip(outputs, sizes[1:], strict=True):

@@ -40,7 +40,7 @@ from requant.quantization.size_budget import BUDGET_BITS, SizeBudget, parse_budg
 from requant.quantization.specs import parse_spec
 from requant.sources.open import as_checkpoint
 
-_FORMAT = 2  # of the file that keeps measurements
+_FORMAT = 3  # of the file that keeps measurements
 
 
 def allocate_bits(
@@ -109,8 +109,7 @@ def _recipe(
     limit = budget.limit(measured.parameters)
     measured = _with_least_bits(measured, _protected(measured.layers, options.protect))
     measured = _with_least_bits(measured, _floors(measured, limit))
-    positions = block_positions(measured.layers)
-    weights = {layer: sensitivity(layer, positions.get(layer)) for layer in measured.layers}
+    weights = sensitivities(measured.tied_groups)
     runs, ways_of_runs = [], []
     for run in measured.tied_groups:
         for layers, ways in _common_candidates(measured, run, weights):
@@ -152,7 +151,7 @@ def _common_candidates(
     for spec in common:
         members = [(layer, found[layer][spec]) for layer in run]
         nbytes = sum(x.nbytes for _, x in members)
-        costs = (cost(x, measured.sizes[layer], weights[layer]) for layer, x in members)
+        costs = (cost(x, weights[layer]) for layer, x in members)
         ways.append((spec, Option(nbytes, sum(costs))))
     return [(tuple(run), ways)]
 
@@ -198,37 +197,55 @@ def _bits(spec: str) -> int:
     return found.bits
 
 
-# What a relative error of a weight costs a model next to one in a down_proj: the divergence with
-# one kind of layer at 3 bits over relative error times weights, in three models, rounded
-# (benchmarks/quality.md). The first that fits; any other layer counts 1.
+# What a relative error of a layer costs a model next to one of a gate_proj: the divergence with one
+# kind of layer at 3 bits over the sum of its relative errors, in two small models, to the power of
+# 0.7, because other models are more alike in their layers (benchmarks/quality.md). The first that
+# fits; any other layer counts 1. The number of weights does not matter: a layer's output is as
+# wrong as its weights are in proportion.
 _SENSITIVITY = (
-    ("v_proj", 4.5),
-    ("q_proj", 0.5),
-    ("k_proj", 1.5),
-    ("o_proj", 1.25),
-    ("gate_proj", 0.7),
-    ("up_proj", 0.7),
-    ("embedding", 1.5),
-    ("head", 1.5),
+    ("q_proj", 0.25),
+    ("k_proj", 0.32),
+    ("v_proj", 0.86),
+    ("o_proj", 0.7),
+    ("up_proj", 0.86),
+    ("down_proj", 1.1),
 )
-_FIRST_BLOCK = 2.0
-# Large errors cost more than in proportion: with some layers at 2 bits, where errors are 0.1 to
-# 0.2, a model was worse than with 3 bits throughout (benchmarks/quality.md). 0.1 counts double.
-_GROWTH = 10.0
+# Each block adds to what an embedding begins with and a head reads: these count as much as such a
+# layer in every block. An embedding that is the head too counts as both.
+_EMBEDDING, _HEAD = 0.9, 0.7
+_FIRST_BLOCK = 1.75
 
 
-def sensitivity(layer: str, place: tuple[int, int] | None) -> float:
-    """How much a relative error counts in a layer; ``place`` is one of ``block_positions``."""
-    kind = next((x for role, x in _SENSITIVITY if re.search(ROLES[role], layer)), 1.0)
-    return kind * (_FIRST_BLOCK if place is not None and place[0] == 0 else 1.0)
+def sensitivities(tied_groups: Sequence[Sequence[str]]) -> dict[str, float]:
+    """How much a relative error counts in each layer, of layers in groups that must agree.
+
+    The experts of a group are one layer in parts: each counts its share.
+    """
+    layers = [layer for group in tied_groups for layer in group]
+    places = block_positions(layers)
+    blocks = max((count for _, count in places.values()), default=1)
+    has_head = any(_has_role(layer, "head") for layer in layers)
+    found = {}
+    for group in tied_groups:
+        for layer in group:
+            if _has_role(layer, "embedding"):
+                weight = blocks * (_EMBEDDING if has_head else _EMBEDDING + _HEAD)
+            elif _has_role(layer, "head"):
+                weight = blocks * _HEAD
+            else:
+                weight = next((x for role, x in _SENSITIVITY if _has_role(layer, role)), 1.0)
+                weight *= _FIRST_BLOCK if places.get(layer, (1, 0))[0] == 0 else 1.0
+            found[layer] = weight / len(group)
+    return found
 
 
-def cost(candidate: Candidate, size: int, weight: float) -> float:
-    """The estimated cost of a candidate, from its relative error, size and sensitivity."""
-    if not candidate.energy:
-        return 0.0
-    error = candidate.error / candidate.energy
-    return weight * size * error * (1 + _GROWTH * error)
+def _has_role(layer: str, role: str) -> bool:
+    return re.search(ROLES[role], layer) is not None
+
+
+def cost(candidate: Candidate, weight: float) -> float:
+    """The estimated cost of a candidate, from its relative error and its layer's sensitivity."""
+    return weight * candidate.error / candidate.energy if candidate.energy else 0.0
 
 
 def _describe_allocation(
@@ -239,12 +256,11 @@ def _describe_allocation(
     bits = 8 * total / max(measured.parameters, 1)
     above = 100 * (answer.cost / answer.bound - 1) if answer.bound > 0 else 0.0
     how = "the least" if answer.exact else f"at most {above:.2g} % above the least"
-    weights = max(sum(measured.sizes.values()), 1)
     limit = budget.text if budget.is_size else f"{budget.text} bits per weight"
     return (
         f"Chosen within {limit}: {bits:.4f} bits per weight, {total:,} bytes; "
-        f"estimated cost a weight {answer.cost / weights:.4g}, {how} "
-        f"that its candidates allow (bound {answer.bound / weights:.4g}; search {search})."
+        f"estimated cost {answer.cost:.4g}, {how} "
+        f"that its candidates allow (bound {answer.bound:.4g}; search {search})."
     )
 
 

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
-from math import prod
 
 from requant.bit_allocation.measurements import (
     Candidate,
@@ -163,9 +162,8 @@ class TrialRun:
             if len(specs) < 2:
                 continue
             found = {spec: errors[layer][spec] for spec in self.steps[layer]}
-            energy = _six_digits(max((values for _, values in found.values()), default=0.0))
             layers[layer] = tuple(
-                Candidate(spec, nbytes, _six_digits(found.get(spec, (0.0, 0.0))[0]), energy)
+                Candidate(spec, nbytes, *map(_six_digits, found.get(spec, (0.0, 0.0))))
                 for spec, nbytes in specs.items()
             )
         free = [x for x in self.base.layers if x.layer in layers]
@@ -174,7 +172,6 @@ class TrialRun:
             fixed_bytes=self.base.bytes_out - sum(x.nbytes for x in free),
             fixed={x.layer: spec for x in self.base.layers if (spec := self._fixed(x, layers))},
             layers=layers,
-            sizes={x.layer: prod(x.shape) for x in free},
             tied_groups=_tied_layer_groups(layers),
         )
 
@@ -205,7 +202,9 @@ def run_trials(
     sink = CandidateErrors(trials, kept.add)
     limits = plan_resources(plan, run.threads, run.max_memory, run.chunk_bytes)
     try:
-        found = run_plan(plan, source, sink, limits, run.progress).findings
+        found = run_plan(
+            plan, source, sink, limits, run.progress, take_powers=sink.take_powers
+        ).findings
     finally:
         kept.save()
     stats = {layer: x for layer, x in found.items() if x.is_not_a_number}

@@ -39,7 +39,6 @@ class Measured:
     fixed_bytes: int  # bytes of what no candidate changes
     fixed: Mapping[str, str]  # layers that the options determine, with their spec
     layers: Mapping[str, tuple[Candidate, ...]]  # the other ones, with their candidates
-    sizes: Mapping[str, int]  # how many weights these hold
     tied_groups: tuple[tuple[str, ...], ...]  # the same layers in runs that take one candidate
 
 

@@ -47,7 +47,7 @@ from requant.libraries.loading import check_installed
 from requant.mlx_lm import load_tokenizer
 from requant.mlx_lm.evaluation import as_backend_errors
 from requant.mlx_vlm.image_prompts import image_prompts
-from requant.nn.blas_products import blas_products, on_cpu
+from requant.nn.blas_products import blas_products, on_cpu, product_threads
 from requant.output.record import version
 from requant.planning.planner import Planned
 from requant.quantization.part import Part
@@ -185,7 +185,7 @@ def calibrate(
         seed: Decides which windows of a longer text are taken.
         revision: Of a model on the hub.
         config_from: For GGUF, as in ``convert``.
-        threads: Threads that decode the source.
+        threads: Threads that decode the source, and that compute on a CPU.
         part: "3/8" runs one part of the windows, of 8 at most; others may run at the same time on
             other machines that share the folder of ``output``. ``join(output)`` then adds their
             sums; the file is the same as that of one process.
@@ -289,7 +289,10 @@ def run(
     """
     began = time.perf_counter()
     planned, ids, pictures = task.planned, task.ids, task.pictures
-    with RunFolder(planned.plan.source, output, task.key, resume, task.part) as folder:
+    with (
+        product_threads(task.threads),
+        RunFolder(planned.plan.source, output, task.key, resume, task.part) as folder,
+    ):
         network = build_empty_text_model(planned.plan)
         if task.hessian and on_note is not None:
             for note in _notes_of_wide_layers(network):

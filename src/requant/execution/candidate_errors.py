@@ -2,7 +2,10 @@
 
 A *trial* is a range of a layer's rows and the steps that encode it, one for each candidate. Its
 ``dense_step`` gives the rows as values; ``CandidateErrors`` is the sink that they are run into: it
-encodes each chunk with every candidate while that is in the cache, and adds up the errors.
+encodes each chunk with every candidate while that is in the cache, and adds up the errors. A search
+has the weights that it has in a conversion: statistics, or the powers of inputs that the run
+estimates (``take_powers``). The errors themselves are not weighted: powers of inputs compare the
+inputs of one layer, and mislead about one layer next to another (benchmarks/quality.md).
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from requant.execution.chunks import Chunk
 from requant.execution.hessian_cache import HessianCache
 from requant.execution.layer_stats import LayerStats
 from requant.execution.operations import WorkerBuffers, encode_rows
-from requant.planning.plan import Operation, OutputTensor, Step
-from requant.planning.steps import output_tensor_infos
+from requant.planning.plan import OutputTensor, Step
+from requant.planning.steps import output_tensor_infos, values_operation
 
 ErrorSums = Mapping[str, tuple[float, float]]
 """Candidate -> squared error and squared values of a layer, summed."""
@@ -41,18 +44,14 @@ class Trial:
     def dense_step(self, number: int) -> Step:
         """The step that gives the rows as values, as trial ``number`` of a ``CandidateErrors``."""
         step = next(iter(self.candidates.values()))
-        operation = Operation.DECODE
-        if step.operation is Operation.ENCODE:
-            is_same = step.inputs["weight"].info.dtype == step.dtype
-            operation = Operation.COPY if is_same else Operation.CAST
-        info = TensorInfo(step.dtype, (step.rows.count, step.rows.columns))
-        # ``encode`` stays, so that memory for encoding a chunk is counted. Without the powers of
-        # inputs a search of a candidate weights errors by magnitude alone.
+        words, target = step.outputs["weight"].info.shape, step.target
+        assert target is not None
+        info = TensorInfo(step.dtype, (*words[:-1], words[-1] * 32 // target.bits))
+        # ``encode`` stays: powers of inputs are estimated, and memory for encoding is counted.
         return replace(
             step,
-            operation=operation,
-            encode=None if step.encode is None else replace(step.encode, estimate=None),
-            rows=replace(step.rows, output_row=0, order=None),
+            operation=values_operation(step),
+            rows=replace(step.rows, order=None),
             outputs={"weight": OutputTensor(f"{self.layer}.weight", info, str(number))},
         )
 
@@ -60,14 +59,13 @@ class Trial:
 def trials_of(layer: str, steps: Mapping[str, Sequence[Step]]) -> list[Trial]:
     """Join the encoding steps of candidates that read the same rows to trials.
 
-    ``steps`` has those of each candidate. GPTQ is left out; errors are weighted where the steps
-    have an importance.
+    ``steps`` has those of each candidate. GPTQ is left out.
     """
     groups: list[tuple[Step, dict[str, Step]]] = []
     for candidate, own in steps.items():
         for step in own:
             assert step.encode is not None
-            encode = replace(step.encode, gptq=False, weighted_error=True)
+            encode = replace(step.encode, gptq=False)
             trial = replace(step, encode=encode)
             read = replace(step, encode=None, outputs={})
             found = next((x for first, x in groups if first == read), None)
@@ -98,8 +96,13 @@ class CandidateErrors:
         for trial in trials:
             step = next(iter(trial.candidates.values()))
             self._rows_left[trial.layer] += step.rows.count
+        self._powers: dict[int, np.ndarray] = {}
         self._sums: dict[str, dict[str, LayerStats]] = defaultdict(dict)
         self._lock, self._local = threading.Lock(), threading.local()
+
+    def take_powers(self, step: int, powers: np.ndarray) -> None:
+        """Take the powers of inputs of a trial, before its rows."""
+        self._powers[step] = powers
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Take rows of trial number ``file`` from byte ``offset`` on."""
@@ -107,12 +110,14 @@ class CandidateErrors:
         step = next(iter(trial.candidates.values()))
         columns, dtype = step.rows.columns, NUMPY_DTYPE[step.dtype]
         dense = np.frombuffer(data, np.uint8).view(dtype).reshape(-1, columns)
-        start = offset // (columns * dtype.itemsize)
-        found = self._encode(trial, dense, start)
+        start = offset // (columns * dtype.itemsize) - step.rows.output_row
+        found = self._encode(trial, dense, start, self._powers.get(int(file)))
         with self._lock:
             self._add(trial.layer, found, dense.shape[0])
 
-    def _encode(self, trial: Trial, dense: np.ndarray, start: int) -> dict[str, LayerStats]:
+    def _encode(
+        self, trial: Trial, dense: np.ndarray, start: int, powers: np.ndarray | None
+    ) -> dict[str, LayerStats]:
         """Statistics of rows from ``start`` on by candidate; of one only if they are not finite."""
         buffers = self._buffers()
         found: dict[str, LayerStats] = {}
@@ -123,7 +128,7 @@ class CandidateErrors:
                 for role, info in output_tensor_infos((1, columns), step.dtype, step.target).items()
             }
             chunk = Chunk(step, start, start + rows)
-            stats = encode_rows(chunk, dense, outputs, buffers.hessians)
+            stats = encode_rows(chunk, dense, outputs, buffers.hessians, powers=powers)
             found[candidate] = stats
             if stats.first_nonfinite_row is not None:
                 stats.first_nonfinite_row += step.rows.output_row + start

@@ -38,6 +38,9 @@ from requant.planning.release_order import source_files_of
 
 _POLL_S = 0.1
 
+TakePowers = Callable[[int, np.ndarray], None]
+"""Called with the number of a step and the powers of its inputs, those of ``InputPowers``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -63,11 +66,13 @@ def run_plan(
     limits: ResourceLimits,
     progress: Callable[[Progress], None] | None = None,
     stop_at: Callable[[LayerStats], bool] | None = None,
+    take_powers: TakePowers | None = None,
 ) -> RunResult:
     """Run every step of ``plan`` into ``sink``.
 
     ``progress`` is called about ten times a second, ``stop_at`` with the statistics of each unit;
-    true ends the run, incomplete.
+    true ends the run, incomplete. ``take_powers`` is called with the estimated powers of a step's
+    inputs, if there are any, before rows of it are written.
 
     Raises:
         CheckpointError: A source file changed, or cannot be read any more.
@@ -79,7 +84,8 @@ def run_plan(
     reader = SourceReader(plan.files, source.opened, tuple(before), needed)
     has_hessians = any(step.gptq for step in plan.steps)
     with reader, one_blas_thread() if has_hessians else nullcontext():
-        return _Run(plan, source, reader, sink, limits, stop_at=stop_at).run(progress)
+        run = _Run(plan, source, reader, sink, limits, stop_at=stop_at, take_powers=take_powers)
+        return run.run(progress)
 
 
 def _files_to_read(plan: Plan, progress_log: ProgressLog | None) -> list[str]:
@@ -114,6 +120,7 @@ class _Run:
         sink: Sink,
         limits: ResourceLimits,
         stop_at: Callable[[LayerStats], bool] | None,
+        take_powers: TakePowers | None,
     ) -> None:
         self.plan, self.source, self.reader = plan, source, reader
         self.sink, self.limits = sink, limits
@@ -126,6 +133,7 @@ class _Run:
         self.lock = threading.Lock()
         self.error: BaseException | None = None
         self.stop, self.stop_at = reader.stop, stop_at
+        self.take_powers = take_powers
         self.done = threading.Event()
         self.running = limits.threads
         self.hessians = HessianCache(limits.threads, limits.factorizations)
@@ -213,6 +221,8 @@ class _Run:
         if step.estimate is not None:  # before the buffers hold the rows
             powers = self.input_powers.of(whole, lambda x: self._decode(x, buffers, computed))
             computed = {**computed, INPUT_POWER: powers}
+            if self.take_powers is not None:
+                self.take_powers(whole.number, powers)
         for unit in whole.parts(self.limits.unit_bytes_for(step)):
             if not self.stop.is_set():
                 self._run_unit(unit, buffers, computed)

@@ -228,14 +228,10 @@ def row_encoding(step: Step, matrix: int, powers: np.ndarray | None = None) -> u
     params = step.encode
     assert params is not None
     importance = params.importance
-    means = None if importance is None else importance.weights(matrix)
-    error_weights = None
-    if params.weighted_error and importance is not None:
-        equal = np.ones(step.rows.columns, np.float32)
-        error_weights = equal if means is None else means
-    encoding = units.RowEncoding(params.target, step.dtype, error_weights=error_weights)
+    encoding = units.RowEncoding(params.target, step.dtype)
     if params.search == "off":
         return encoding
+    means = None if importance is None else importance.weights(matrix)
     weights = means
     if means is None and powers is not None:
         weights = powers_of_matrix(step, powers, matrix)

@@ -206,7 +206,7 @@ def write_values(sources: Sequence[numpy.typing.NDArray[Any] | Sequence[tuple[in
     are not finite, if they are counted, whether a scale or bias of codes is not: then the rest is not done).
     """
 
-def encode_rows(sources: Sequence[numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]]], kind: tuple[str] | tuple[str, numpy.typing.NDArray[Any], int, int, int] | tuple[str, int, int, str, str] | tuple[int], dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, error_weights: numpy.typing.NDArray[Any] | None, is_encoded: bool, block_bytes: int, stop: StopFlag | None) -> tuple[int, int, int, int, float, float, float, float, float, bool]:
+def encode_rows(sources: Sequence[numpy.typing.NDArray[Any] | Sequence[tuple[int, int, int]]], kind: tuple[str] | tuple[str, numpy.typing.NDArray[Any], int, int, int] | tuple[str, int, int, str, str] | tuple[int], dtype: str, rows: int, cols: int, mode: str, group_size: int, bits: int, targets: Sequence[numpy.typing.NDArray[Any] | tuple[int, int]], level: str | None, weights: numpy.typing.NDArray[Any] | None, by_magnitude: bool, is_encoded: bool, block_bytes: int, stop: StopFlag | None) -> tuple[int, int, int, int, float, float, float, float, float, bool]:
     """
     The same, and encodes them into words, scales and biases, and measures the error; with is_encoded only
     measures. Returns (nonfinite values, their first row or -1, overflows, flushed groups, squared error, squared

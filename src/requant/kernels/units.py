@@ -141,8 +141,7 @@ class RowEncoding:
 
     ``search``, ``weights`` and ``by_magnitude`` are those of ``kernels.quantize``. The step of a
     group is the magnitude of its scale: the distance of neighbouring codes in affine mode, and the
-    value of element 1.0 in the others. With ``error_weights``, float32, one for each column, the
-    sums of squares are weighted.
+    value of element 1.0 in the others.
     """
 
     target: Quantization
@@ -150,7 +149,6 @@ class RowEncoding:
     search: str | None = None
     weights: Array | None = None
     by_magnitude: bool = False
-    error_weights: Array | None = None
 
 
 def copy_rows(
@@ -241,7 +239,6 @@ def encode_rows(
     """
     target = encoding.target
     _, rows, columns, _ = stored
-    error_weights = encoding.error_weights
     try:
         return Found(
             *_native.encode_rows(
@@ -257,7 +254,6 @@ def encode_rows(
                 encoding.search,
                 search_weights(encoding.search, encoding.weights, columns),
                 encoding.by_magnitude,
-                None if error_weights is None else as_unsigned(error_weights),
                 is_encoded,
                 block_bytes,
                 stop,

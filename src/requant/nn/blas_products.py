@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _QUERIES = 128  # queries of causal attention at a time; keys after the last of them are skipped
 _ROWS, _COLUMNS = 256, 4096  # of the product of a layer that one thread computes
 _T = TypeVar("_T")
-_pool: ThreadPoolExecutor | None = None  # threads of the outermost ``blas_products``
+_pool: ThreadPoolExecutor | None = None  # threads of the outermost ``product_threads``
 
 
 def on_cpu() -> bool:
@@ -56,18 +56,21 @@ def blas_products() -> Iterator[None]:
     if not on_cpu():
         yield
         return
-    with _threads(), _replaced_products():
+    with product_threads(), _replaced_products():
         yield
 
 
 @contextmanager
-def _threads() -> Iterator[None]:
-    """Threads for ``in_parallel``, whose products take one thread of BLAS each."""
+def product_threads(threads: int | None = None) -> Iterator[None]:
+    """How many threads compute the products inside the context; one a processor by default.
+
+    Each takes one thread of BLAS. Inside another such context nothing changes.
+    """
     global _pool
     if _pool is not None:
         yield
         return
-    with one_blas_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as _pool:
+    with one_blas_thread(), ThreadPoolExecutor(threads or os.cpu_count() or 1) as _pool:
         try:
             yield
         finally:

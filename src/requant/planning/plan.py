@@ -107,7 +107,6 @@ class EncodeParams:
     # count alike.
     estimate: RowsOf | None = None
     gptq: bool = False  # whether each column's error is compensated in the columns after it
-    weighted_error: bool = False  # whether the error is measured with the weights of ``importance``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,13 +64,19 @@ def _shared_params(target: Quantization, search: str, estimate: RowsOf | None) -
 
 def values_step(step: Step) -> Step:
     """The step that makes the values which ``step`` encodes, row by row, and stores nothing."""
-    operation = Operation.DECODE
-    if step.operation is Operation.ENCODE:
-        is_same = step.inputs["weight"].info.dtype == step.dtype
-        operation = Operation.COPY if is_same else Operation.CAST
     shape = (step.rows.count, step.rows.columns)
     output = OutputTensor(f"{step.layer}.weight", TensorInfo(step.dtype, shape))
-    return replace(step, operation=operation, outputs={"weight": output}, encode=None)
+    return replace(step, operation=values_operation(step), outputs={"weight": output}, encode=None)
+
+
+def values_operation(step: Step) -> Operation:
+    """The operation that makes the values which ``step`` encodes, or stores."""
+    if step.operation is Operation.RECODE:
+        return Operation.DECODE
+    if step.operation is Operation.ENCODE:
+        is_same = step.inputs["weight"].info.dtype == step.dtype
+        return Operation.COPY if is_same else Operation.CAST
+    return step.operation
 
 
 def _coding_step(

@@ -4,8 +4,8 @@ Each round converts and copies the same file one after another; printed are medi
 and medians of the ratios within a round. The copy reads the source and writes as many bytes,
 with fsync.
 
-    python benchmarks/gguf.py                   Q4_0, Q4_K and Q8_0 of a Llama of 1 B parameters
-    python benchmarks/gguf.py Q6_K --layers 8   half of one; Q6_K is requantized
+    python benchmarks/gguf_files.py  Q4_0, Q4_K and Q8_0 of a Llama of 1 B parameters
+    python benchmarks/gguf_files.py Q6_K --layers 8  half of one; Q6_K is requantized
 """
 
 from __future__ import annotations
