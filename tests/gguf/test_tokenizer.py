@@ -133,7 +133,7 @@ def test_words_are_split_as_the_name_says(pre: str, words: list[str]) -> None:
     ("values", "why"),
     [
         ({}, "the file holds no tokenizer"),
-        ({"model": "t5", "tokens": ("a",)}, "is of kind 't5'"),
+        ({"model": "rwkv", "tokens": ("a",)}, "is of kind 'rwkv'"),
         ({"model": "gpt2", "pre": "new", "tokens": ("a",)}, "splits words ('new') is not known"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_model
 
-from requant.gguf.architectures import family_of
+from requant.gguf.families import family_of
 from requant.gguf.header import Header, read_header
 from requant.gguf.metadata import Metadata
 from requant.gguf.model_config import make_config

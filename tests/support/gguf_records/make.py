@@ -40,17 +40,26 @@ _QWEN = {
     **{"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32},
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
 }
-_MAMBA = {"state_size": 16, "conv_kernel": 4, "tie_word_embeddings": True}
+_PUBLISHED = {"linear_attention": "mamba", "full_attention": "attention"}
+_MAMBA = {"intermediate_size": 128, "state_size": 16, "conv_kernel": 4, "tie_word_embeddings": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> class in transformers, settings
     "deepseek_v2": (
         "DeepseekV2ForCausalLM",
-        {**_MLA, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+        {
+            **{**_MLA, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+            **{"scoring_func": "softmax", "norm_topk_prob": False},
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32},
+                **{"beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
+                "original_max_position_embeddings": 64,
+            },
+        },
     ),
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
         {
             **_MLA,
-            **{"n_group": 2, "topk_group": 1, "norm_topk_prob": True},
+            **{"n_group": 2, "topk_group": 1, "norm_topk_prob": True, "scoring_func": "sigmoid"},
             "rope_parameters": {
                 **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32},
                 **{"beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
@@ -58,7 +67,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> class in transformer
             },
         },
     ),
-    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", {**_MLA, "n_group": 1, "topk_group": 1}),
     "glm4_moe": (
         "Glm4MoeForCausalLM",
         {
@@ -128,15 +136,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> class in transformer
     ),
     "falcon_7b": (
         "FalconForCausalLM",
-        {"multi_query": True, "bias": False, "alibi": False, "parallel_attn": True},
+        {
+            **{"multi_query": True, "bias": False, "alibi": False, "parallel_attn": True},
+            "num_kv_heads": 1,
+        },
     ),
     "stablelm": (
         "StableLmForCausalLM",
         {"use_qkv_bias": True, "use_parallel_residual": False},
-    ),
-    "stablelm_12b": (
-        "StableLmForCausalLM",
-        {"use_qkv_bias": False, "qk_layernorm": True, "use_parallel_residual": True},
     ),
     "minimax": (
         "MiniMaxM2ForCausalLM",
@@ -201,7 +208,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> class in transformer
             **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
             **{"moe_shared_expert_intermediate_size": 48, "n_shared_experts": 1},
             **{"n_group": 1, "topk_group": 1, "norm_topk_prob": True},
-            **{"routed_scaling_factor": 2.5, "moe_latent_size": None},
+            **{"routed_scaling_factor": 2.5, "moe_latent_size": None, "norm_eps": 1e-5},
         },
     ),
     "bert": ("BertModel", {"type_vocab_size": 2, "position_embedding_type": "absolute"}),
@@ -214,8 +221,39 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> class in transformer
         },
     ),
 }
+
+
+def _nomic() -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """nomic-embed-text, whose class transformers names otherwise: config.json and shapes."""
+    config = {
+        **{"architectures": ["NomicBertModel"], "model_type": "nomic_bert", "n_embd": 64},
+        **{"n_layer": 2, "n_head": 4, "n_inner": 96, "n_positions": 8192, "vocab_size": 64},
+        **{"type_vocab_size": 2, "layer_norm_epsilon": 1e-12, "activation_function": "swiglu"},
+        **{"causal": False, "qkv_proj_bias": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False},
+        **{"prenorm": False, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False},
+        "head_dim": 16,
+        **{"rotary_emb_scale_base": None, "rotary_emb_base": 1000, "max_trained_positions": 2048},
+    }
+    shapes = {
+        "embeddings.word_embeddings.weight": [64, 64],
+        "embeddings.token_type_embeddings.weight": [2, 64],
+        **{f"emb_ln.{part}": [64] for part in ("weight", "bias")},
+    }
+    for block in range(2):
+        path = f"encoder.layers.{block}."
+        shapes |= {
+            f"{path}attn.Wqkv.weight": [192, 64],
+            f"{path}attn.out_proj.weight": [64, 64],
+            f"{path}mlp.fc11.weight": [96, 64],
+            f"{path}mlp.fc12.weight": [96, 64],
+            f"{path}mlp.fc2.weight": [64, 96],
+            **{f"{path}norm{n}.{part}": [64] for n in (1, 2) for part in ("weight", "bias")},
+        }
+    return config, shapes
+
+
 # Models whose classes are not in transformers: config.json, and shapes of weights.
-BY_HAND: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {}
+BY_HAND = {"nomic_bert": _nomic}
 
 
 def values(name: str, shape: list[int]) -> np.ndarray:
@@ -238,15 +276,18 @@ def record(name: str) -> dict[str, Any]:
         if name in CASES:
             config, shapes = by_transformers(name, folder)
         else:
-            config, shapes = BY_HAND[name]
+            config, shapes = BY_HAND[name]()
         (folder / "config.json").write_text(json.dumps(config))
         kind = "Unigram" if name == "xlm_roberta" else "WordPiece"
-        (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": kind}}))
+        vocabulary = {str(n): n for n in range(config.get("vocab_size", 0))}
+        tokenizer = {"model": {"type": kind, "vocab": vocabulary}, "added_tokens": []}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
         weights = {key: values(key, shape) for key, shape in shapes.items()}
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         hparams = ModelBase.load_hparams(folder, False)
         cls = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
         cls.set_vocab = lambda self: None
+        cls.no_mtp = True
         out = folder / "m.gguf"
         with torch.inference_mode():
             cls(folder, gguf.LlamaFileType.ALL_F32, out, eager=True).write()
@@ -277,6 +318,9 @@ def by_transformers(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, 
             shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         path.unlink()
     made = json.loads((folder / "config.json").read_text())
+    for key in ("layer_types", "layers_block_type"):  # as published files have them
+        if cls_name.startswith(("Granite", "Nemotron")) and key in made:
+            made[key] = [_PUBLISHED.get(kind, kind) for kind in made[key]]
     return made, dict(sorted(shapes.items()))
 
 
