@@ -251,7 +251,7 @@ class GgufDenseBlocks(GgufBlocks):
 class GgufHeads(MatrixPacking):
     """``kv_b_proj`` of compressed keys and values, of which files have the two halves.
 
-    ``keys``: ``(heads, columns, key rows)``, each head transposed; ``values``:
+    ``keys``: ``(heads, columns, key rows)``, each head transposed; ``weight``, the values:
     ``(heads, value rows, columns)``. A head's rows are those of its keys, then of its values.
     """
 
@@ -280,8 +280,8 @@ class GgufHeads(MatrixPacking):
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         first, last = start // self.row_unit, stop // self.row_unit
         keys = Rect((first * self.columns, last * self.columns), (0, self.key_width))
-        values = Rect((first * self.value_rows, last * self.value_rows), (0, self.value_width))
-        return {"keys": keys, "values": values}
+        halves = Rect((first * self.value_rows, last * self.value_rows), (0, self.value_width))
+        return {"keys": keys, "weight": halves}
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         raise InvariantError("the halves of kv_b_proj have no encoding of MLX's")
@@ -290,11 +290,11 @@ class GgufHeads(MatrixPacking):
         """Values in float32, rounded once."""
         heads = (stop - start) // self.row_unit
         keys = _wide(self.key_type, parts["keys"], self.key_rows)
-        values_ = _wide(self.value_type, parts["values"], self.columns)
+        halves = _wide(self.value_type, parts["weight"], self.columns)
         whole = np.concatenate(
             [
                 keys.reshape(heads, self.columns, self.key_rows).swapaxes(1, 2),
-                values_.reshape(heads, self.value_rows, self.columns),
+                halves.reshape(heads, self.value_rows, self.columns),
             ],
             axis=1,
         )
@@ -367,8 +367,8 @@ class Gguf:
 
 def _heads(name: str, model: GgufModel, checkpoint: Checkpoint) -> SourceLayer:
     """The layer whose two halves are stored apart."""
-    names = {"keys": name, "values": name.replace(_KEYS, _VALUES)}
-    keys, halves = model.tensors[name], model.tensors[names["values"]]
+    names = {"keys": name, "weight": name.replace(_KEYS, _VALUES)}
+    keys, halves = model.tensors[name], model.tensors[names["weight"]]
     heads, rank, key_rows = keys.shape
     value_rows = halves.shape[1]
     parts = {role: checkpoint.tensors[tensor] for role, tensor in names.items()}
@@ -382,7 +382,7 @@ def _heads(name: str, model: GgufModel, checkpoint: Checkpoint) -> SourceLayer:
         key_rows=key_rows,
         value_rows=value_rows,
         key_width=parts["keys"].info.shape[-1],
-        value_width=parts["values"].info.shape[-1],
+        value_width=parts["weight"].info.shape[-1],
     )
     path = name.replace(_KEYS, ".kv_b_proj")
     if keys.kind.dtype and halves.kind.dtype:

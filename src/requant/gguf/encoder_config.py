@@ -41,6 +41,22 @@ def configure_bert(config: dict[str, Any], settings: Settings) -> None:
     }
 
 
+def configure_jina(config: dict[str, Any], settings: Settings) -> None:
+    """BERT with gates, and a penalty for distance instead of positions."""
+    length = config["max_position_embeddings"]
+    configure_bert(config, settings)
+    settings.find_float("attention.max_alibi_bias")  # the class has its own
+    config |= {
+        "max_position_embeddings": length,
+        "position_embedding_type": "alibi",
+        "feed_forward_type": "geglu",
+        "auto_map": {
+            "AutoConfig": "jinaai/jina-bert-implementation--configuration_bert.JinaBertConfig",
+            "AutoModel": "jinaai/jina-bert-implementation--modeling_bert.JinaBertModel",
+        },
+    }
+
+
 def configure_nomic(config: dict[str, Any], settings: Settings) -> None:
     _check_causal(settings)
     _take_heads(config, settings)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from requant.gguf.architectures import EACH_ROW, TOP, Architecture, Move
 from requant.gguf.encoder_config import (
     configure_bert,
+    configure_jina,
     configure_nomic,
     configure_t5_encoder,
 )
@@ -325,6 +326,12 @@ _BERT_TOP = {
     "token_types": "embeddings.token_type_embeddings",
     "token_embd_norm": "embeddings.LayerNorm",
 }
+_JINA = {
+    **_BERT,
+    "ffn_up": "mlp.gated_layers",
+    "ffn_down": "mlp.wo",
+    "layer_output_norm": "mlp.layernorm",
+}
 _NOMIC = {
     "attn_qkv": "attn.Wqkv",
     "attn_output": "attn.out_proj",
@@ -592,6 +599,15 @@ _LATER = {
         top=_BERT_TOP,
         layers="encoder.layer",
     ),
+    "jina-bert-v2": Architecture(
+        "bert",
+        "JinaBertModel",
+        _JINA,
+        configure_jina,
+        Support(frozenset(), head_dim=False, positions=False, layer_norm=True),
+        top=_BERT_TOP,
+        layers="encoder.layer",
+    ),
     "nomic-bert": Architecture(
         "nomic_bert",
         "NomicBertModel",
@@ -666,8 +682,8 @@ def family_of(metadata: Metadata) -> Architecture | None:
 
 def _deepseek(metadata: Metadata) -> Architecture:
     """By how experts are chosen: version 2 by softmax, version 3 and GLM 4.7 Flash by sigmoid."""
-    tokens = metadata.find_int("deepseek2.vocab_size")
-    if tokens == _GLM_4_LITE_TOKENS:
+    values = metadata.values
+    if values.get("deepseek2.vocab_size") == _GLM_4_LITE_TOKENS:
         return _GLM_4_LITE_FAMILY
-    is_sigmoid = metadata.find_int("deepseek2.expert_gating_func") == _SIGMOID
+    is_sigmoid = values.get("deepseek2.expert_gating_func") == _SIGMOID
     return _DEEPSEEK_3_FAMILY if is_sigmoid else _DEEPSEEK_2_FAMILY

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from requant.gguf.settings import ADVICE, Settings
+from requant.text import format_value
 
 _LOG_MULTIPLIER = 0.1  # by which the converter multiplies DeepSeek's mscale_all_dim
-_SIGMOID = 2
+_FALCON_ROWS = "jploski"  # the order of rows that all converters of Falcon's models give
 
 
 def rename(config: dict[str, Any], **names: str) -> None:
@@ -85,7 +86,6 @@ def configure_deepseek_2(config: dict[str, Any], settings: Settings) -> None:
 
 def configure_deepseek_3(config: dict[str, Any], settings: Settings) -> None:
     _configure_deepseek(config, settings)
-    settings.find_int("expert_gating_func")  # it said which version this is
     norm = settings.flag("expert_weights_norm")
     config |= {
         "topk_method": "noaux_tc",
@@ -194,7 +194,10 @@ def _proportion(settings: Settings) -> float:
 def configure_falcon(config: dict[str, Any], settings: Settings) -> None:
     is_new = settings.has("blk.0.attn_norm_2.weight")
     heads = config["num_key_value_heads"]
-    settings.metadata.word(f"{settings.prefix}tensor_data_layout")
+    key = f"{settings.prefix}tensor_data_layout"
+    rows = settings.metadata.word(key, _FALCON_ROWS)
+    if rows != _FALCON_ROWS:
+        settings.metadata.report(key, f"is {format_value(rows)}, known is {_FALCON_ROWS}")
     rename(
         config,
         layer_norm_epsilon="layer_norm_eps",

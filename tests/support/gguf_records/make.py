@@ -231,8 +231,9 @@ def _nomic() -> tuple[dict[str, Any], dict[str, list[int]]]:
         **{"type_vocab_size": 2, "layer_norm_epsilon": 1e-12, "activation_function": "swiglu"},
         **{"causal": False, "qkv_proj_bias": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False},
         **{"prenorm": False, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False},
-        "head_dim": 16,
-        **{"rotary_emb_scale_base": None, "rotary_emb_base": 1000, "max_trained_positions": 2048},
+        **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16},
+        **{"intermediate_size": 96, "max_position_embeddings": 8192, "rotary_emb_base": 1000},
+        **{"rotary_emb_scale_base": None, "max_trained_positions": 2048},
     }
     shapes = {
         "embeddings.word_embeddings.weight": [64, 64],
@@ -252,8 +253,38 @@ def _nomic() -> tuple[dict[str, Any], dict[str, list[int]]]:
     return config, shapes
 
 
+def _jina() -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """jina-embeddings-v2-base-en: config.json and shapes."""
+    config = {
+        **{"architectures": ["JinaBertModel"], "model_type": "bert", "hidden_size": 64},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96},
+        **{"max_position_embeddings": 256, "vocab_size": 64, "type_vocab_size": 2},
+        **{"layer_norm_eps": 1e-12, "position_embedding_type": "alibi", "pad_token_id": 0},
+        **{"feed_forward_type": "geglu", "hidden_act": "gelu"},
+    }
+    both = ("weight", "bias")
+    shapes = {
+        "embeddings.word_embeddings.weight": [64, 64],
+        "embeddings.token_type_embeddings.weight": [2, 64],
+        **{f"embeddings.LayerNorm.{part}": [64] for part in both},
+    }
+    for block in range(2):
+        path = f"encoder.layer.{block}."
+        dense = [f"attention.self.{x}" for x in ("query", "key", "value")]
+        for name in (*dense, "attention.output.dense"):
+            shapes |= {f"{path}{name}.weight": [64, 64], f"{path}{name}.bias": [64]}
+        for name in ("attention.output.LayerNorm", "mlp.layernorm"):
+            shapes |= {f"{path}{name}.{part}": [64] for part in both}
+        shapes |= {
+            f"{path}mlp.gated_layers.weight": [192, 64],
+            f"{path}mlp.wo.weight": [64, 96],
+            f"{path}mlp.wo.bias": [64],
+        }
+    return config, shapes
+
+
 # Models whose classes are not in transformers: config.json, and shapes of weights.
-BY_HAND = {"nomic_bert": _nomic}
+BY_HAND = {"nomic_bert": _nomic, "jina_bert": _jina}
 
 
 def values(name: str, shape: list[int]) -> np.ndarray:
