@@ -99,7 +99,10 @@ def with_factors(weights: dict[str, np.ndarray], config: dict[str, Any]) -> dict
         "lm_head": config["lm_head_multiplier"],
         **{"q_proj": entry, "v_proj": entry, "k_proj": entry * config["key_multiplier"]},
         **{"o_proj": config["attention_out_multiplier"], "gate_proj": gate, "down_proj": down},
-        **{"out_proj": config["ssm_out_multiplier"], "in_proj": config["ssm_in_multiplier"] * parts},
+        **{
+            "out_proj": config["ssm_out_multiplier"],
+            "in_proj": config["ssm_in_multiplier"] * parts,
+        },
     }
     return {
         key: np.float32(factors.get(key.split(".")[-2], 1.0)) * array
@@ -173,7 +176,9 @@ def rewrite(source: Path, target: Path, kind: str | None) -> None:
     q8 = gguf.GGMLQuantizationType.Q8_0
     for tensor in reader.tensors:
         array = np.array(tensor.data)
-        small = array.ndim < 2 or array.shape[-1] % 32 or re.search("norm|conv|ssm_[ad]", tensor.name)
+        small = (
+            array.ndim < 2 or array.shape[-1] % 32 or re.search("norm|conv|ssm_[ad]", tensor.name)
+        )
         if small or not tensor.name.endswith(".weight"):
             writer.add_tensor(tensor.name, array)
             continue
@@ -252,7 +257,7 @@ def test_blocks_that_predict_further_tokens_are_left_out(name: str, tmp_path: Pa
     more = {"block_count": blocks + 1, "nextn_predict_layers": 1, **further}
     plan = requant.plan(from_record(name, tmp_path, more), layout="keep")
     assert plan.config == plain.config
-    assert [layer.path for layer in plan.layers] == [layer.path for layer in plain.layers]
+    assert plan.layers == plain.layers
     assert sorted(dropped for dropped, _ in plan.dropped if dropped in further) == sorted(further)
 
 

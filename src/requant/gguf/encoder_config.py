@@ -50,10 +50,6 @@ def configure_jina(config: dict[str, Any], settings: Settings) -> None:
         "max_position_embeddings": length,
         "position_embedding_type": "alibi",
         "feed_forward_type": "geglu",
-        "auto_map": {
-            "AutoConfig": "jinaai/jina-bert-implementation--configuration_bert.JinaBertConfig",
-            "AutoModel": "jinaai/jina-bert-implementation--modeling_bert.JinaBertModel",
-        },
     }
 
 

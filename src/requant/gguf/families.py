@@ -161,7 +161,9 @@ _QWEN_35 = {
 }
 _QWEN_35_WHOLE = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
 _QWEN_35_MOVES = {
-    **dict.fromkeys(("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_dt"), (Move.VALUE_HEADS,)),
+    **dict.fromkeys(
+        ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_dt"), (Move.VALUE_HEADS,)
+    ),
     "ssm_a": (Move.VALUE_HEADS, Move.EXPONENTIAL),
     "ssm_conv1d": (Move.VALUE_HEADS, Move.CHANNELS),
     "ssm_out": (Move.VALUE_COLUMNS,),
@@ -380,7 +382,12 @@ _FAMILIES = {
         moves=_GATE_ROW,
     ),
     "qwen3moe": Architecture(
-        "qwen3_moe", "Qwen3MoeForCausalLM", {**_LLAMA, **_QWEN_MOE}, configure_qwen_moe, _UNSCALED, moves=_GATE_ROW
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {**_LLAMA, **_QWEN_MOE},
+        configure_qwen_moe,
+        _UNSCALED,
+        moves=_GATE_ROW,
     ),
     "gemma": Architecture(
         "gemma",
@@ -418,7 +425,13 @@ _FAMILIES = {
     "seed_oss": Architecture("seed_oss", "SeedOssForCausalLM", _SEED_OSS, configure_seed_oss),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", _OLMO_2, configure_llama),
     "gpt-oss": Architecture(
-        "gpt_oss", "GptOssForCausalLM", _GPT_OSS, configure_gpt_oss, _NO_LONGROPE, wide=True, whole=_SINKS
+        "gpt_oss",
+        "GptOssForCausalLM",
+        _GPT_OSS,
+        configure_gpt_oss,
+        _NO_LONGROPE,
+        wide=True,
+        whole=_SINKS,
     ),
 }
 _MINISTRAL_FAMILY = Architecture(
@@ -441,7 +454,11 @@ _HYBRID_BY_HIDDEN = Support(frozenset(), head_dim=False, hybrid=True)
 _BARE = Support(frozenset(), positions=False, attention=False)
 _LATER = {
     "glm4": Architecture(
-        "glm4", "Glm4ForCausalLM", _GLM_4, configure_glm_4, Support(frozenset(), partial_rotary=True)
+        "glm4",
+        "Glm4ForCausalLM",
+        _GLM_4,
+        configure_glm_4,
+        Support(frozenset(), partial_rotary=True),
     ),
     "glm4moe": Architecture(
         "glm4_moe",

@@ -98,7 +98,7 @@ class Naming:
         found = [table[name] for name in names if name in table]
         entries = [entry for _, entry in found]
         first = entries[0]
-        scaled = [n for n in (f"{name.rpartition('.')[0]}{x}" for name in names for x in SCALES)]
+        scaled = [f"{name.rpartition('.')[0]}{x}" for name in names for x in SCALES]
         if (
             len(found) < len(names)
             or any(e.kind != first.kind or e.shape[1:] != first.shape[1:] for e in entries)
@@ -261,9 +261,9 @@ class Naming:
             shape,
             name,
             heads,
-            self.family.is_shifted(entry.name),
-            Move.EXPONENTIAL in moves,
-            self._value_heads() if Move.VALUE_COLUMNS in moves else (0, 0),
+            is_shifted=self.family.is_shifted(entry.name),
+            is_exponential=Move.EXPONENTIAL in moves,
+            column_heads=self._value_heads() if Move.VALUE_COLUMNS in moves else (0, 0),
         )
 
     def _check_scale(self, name: str, file: str, table: Table) -> None:

@@ -70,7 +70,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> class in transformer
     "glm4_moe": (
         "Glm4MoeForCausalLM",
         {
-            **{"num_hidden_layers": 3, "head_dim": 32, "n_routed_experts": 4, "n_shared_experts": 1},
+            **{
+                "num_hidden_layers": 3,
+                "head_dim": 32,
+                "n_routed_experts": 4,
+                "n_shared_experts": 1,
+            },
             **{"num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
             **{"n_group": 1, "topk_group": 1, "use_qk_norm": True, "attention_bias": True},
             **{"routed_scaling_factor": 1.5, "norm_topk_prob": True},
