@@ -37,7 +37,8 @@ def read_metadata(path: Path) -> Metadata:
 def texts_of(path: Path) -> list[tuple[str, list[int]]]:
     """Texts, each with its tokens; the last separator ends the file."""
     texts = Path(f"{path}.inp").read_text(encoding="utf-8").split(_BETWEEN)
-    tokens = [[int(x) for x in line.split()] for line in Path(f"{path}.out").open()]
+    lines = Path(f"{path}.out").read_text().splitlines()
+    tokens = [[int(x) for x in line.split()] for line in lines]
     return list(zip(texts[: len(tokens)], tokens, strict=True))
 
 
