@@ -267,11 +267,11 @@ _MAMBA_TOP = {
     "output_norm": "backbone.norm_f",
     "output": "lm_head",
 }
-_BESIDE = {role: path.replace("mixer.", "mamba.") for role, path in _MIXER.items()}
-_BESIDE_WHOLE = {name: path.replace("mixer.", "mamba.") for name, path in _MAMBA_2_WHOLE.items()}
+_PARALLEL = {role: path.replace("mixer.", "mamba.") for role, path in _MIXER.items()}
+_PARALLEL_WHOLE = {name: path.replace("mixer.", "mamba.") for name, path in _MAMBA_2_WHOLE.items()}
 _FALCON_H1 = {
     **_ATTENTION,
-    **{role: path for role, path in _BESIDE.items() if role != "attn_norm"},
+    **{role: path for role, path in _PARALLEL.items() if role != "attn_norm"},
     "ffn_norm": "pre_ff_layernorm",
     "ffn_gate": "feed_forward.gate_proj",
     "ffn_up": "feed_forward.up_proj",
@@ -287,7 +287,7 @@ _GRANITE_MOE = {
 _GRANITE_HYBRID = {
     **_GRANITE_MOE,
     **_MLP,
-    **{role: path for role, path in _BESIDE.items() if role != "attn_norm"},
+    **{role: path for role, path in _PARALLEL.items() if role != "attn_norm"},
     "ffn_gate_up_shexp": "shared_mlp.input_linear",
     "ffn_down_shexp": "shared_mlp.output_linear",
 }
@@ -572,7 +572,7 @@ _LATER = {
         _FALCON_H1,
         configure_falcon_h1,
         _UNSCALED,
-        whole={**_BESIDE_WHOLE, "ffn_norm": "pre_ff_layernorm.weight"},
+        whole={**_PARALLEL_WHOLE, "ffn_norm": "pre_ff_layernorm.weight"},
         top={**TOP, "output_norm": "model.final_layernorm"},
         moves=_MAMBA_2_MOVES,
     ),
@@ -591,7 +591,7 @@ _LATER = {
         configure_granite_hybrid,
         _HYBRID_BY_HIDDEN,
         permuted=True,
-        whole=_BESIDE_WHOLE,
+        whole=_PARALLEL_WHOLE,
         moves=_MAMBA_2_MOVES,
         joined=_GRANITE_JOINED,
     ),

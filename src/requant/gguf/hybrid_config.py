@@ -139,7 +139,7 @@ def configure_mamba_2(config: dict[str, Any], settings: Settings) -> None:
     }
 
 
-def _mamba_beside(config: dict[str, Any], settings: Settings) -> None:
+def _mamba_settings(config: dict[str, Any], settings: Settings) -> None:
     """Settings of Mamba 2 in a model that has attention too."""
     heads = settings.need_int("ssm.time_step_rank")
     config |= {
@@ -162,7 +162,7 @@ _FACTORS = (
 
 def configure_falcon_h1(config: dict[str, Any], settings: Settings) -> None:
     """Mamba and attention side by side; the converter multiplies the weights with all factors."""
-    _mamba_beside(config, settings)
+    _mamba_settings(config, settings)
     config |= {
         "hidden_act": "silu",
         "mamba_d_ssm": settings.need_int("ssm.inner_size"),
@@ -180,7 +180,7 @@ def configure_falcon_h1(config: dict[str, Any], settings: Settings) -> None:
 def configure_granite_hybrid(config: dict[str, Any], settings: Settings) -> None:
     """Mamba or attention, each with a dense half or with experts and a shared one."""
     from_granite(config, settings)
-    _mamba_beside(config, settings)
+    _mamba_settings(config, settings)
     positions = settings.flag("rope.scaling.finetuned")
     config |= {
         "layer_types": _kinds(config, settings, "mamba", "attention"),
