@@ -481,13 +481,15 @@ def _plain(parts: Tensors, stored: GgufTensor, dtype: str, scales: int) -> Sourc
     matrix = (prod(leading), columns, rows, stored.kind.number, columns)
     packing: GgufValues
     head = rows // stored.heads if leading and stored.heads else 1
-    computing = {"shift": stored.is_shifted, "exponential": stored.is_exponential}
+    shift, exponential = stored.is_shifted, stored.is_exponential
     if scales:
         packing = GgufScaledValues(*matrix, head, stored.column_heads, tensor_scales=scales)
     elif leading:
-        packing = GgufValues(*matrix, head, stored.column_heads, **computing)
+        packing = GgufValues(
+            *matrix, head, stored.column_heads, shift=shift, exponential=exponential
+        )
     else:
-        packing = GgufVector(*matrix, **computing, heads=stored.heads)
+        packing = GgufVector(*matrix, shift=shift, exponential=exponential, heads=stored.heads)
     return _decoded(parts, stored, "F32" if stored.is_exponential else dtype, packing)
 
 

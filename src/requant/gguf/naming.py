@@ -82,7 +82,7 @@ class Naming:
         return tensors, model
 
     def _why_dropped(self, name: str) -> str | None:
-        """The reason why a tensor is no weight of the model, or None."""
+        """The reason why a tensor is not a weight of the model, or None."""
         if self.family is None:
             return None
         block = block_of(name)

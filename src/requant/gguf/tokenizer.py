@@ -161,7 +161,11 @@ class _Tokenizer:
 
     def tokenizer(self) -> dict[str, Any]:
         """``tokenizer.json``."""
-        parts = getattr(self, f"_{self.model}")()
+        makers: dict[str, Callable[[], dict[str, Any]]] = {
+            **{"bert": self._word_piece, "gemma4": self._gemma, "gpt2": self._byte_level},
+            **{"llama": self._sentencepiece, "t5": self._unigram},
+        }
+        parts = makers[self.model]()
         limits = {"truncation": None, "padding": None}
         return {"version": "1.0", **limits, "added_tokens": self._added(), **parts}
 
@@ -208,20 +212,20 @@ class _Tokenizer:
             return template
         return {"type": "Sequence", "processors": [otherwise, template]}
 
-    def _bert(self) -> dict[str, Any]:
+    def _word_piece(self) -> dict[str, Any]:
         made = word_piece(self.metadata, self._vocabulary(), self._special("unknown"))
         return {"post_processor": self._post_processor(None), **made}
 
-    def _t5(self) -> dict[str, Any]:
+    def _unigram(self) -> dict[str, Any]:
         made = unigram(self.metadata, self.tokens, self.types)
         return {"post_processor": self._post_processor(None), **made}
 
-    def _gemma4(self) -> dict[str, Any]:
+    def _gemma(self) -> dict[str, Any]:
         vocabulary = self._vocabulary()
         made = gemma(vocabulary, self._merges(vocabulary), self._special("unknown"))
         return {"post_processor": self._post_processor(None), **made}
 
-    def _gpt2(self) -> dict[str, Any]:
+    def _byte_level(self) -> dict[str, Any]:
         """Bytes as letters, merged in the order of the merges (GPT-2 and its heirs)."""
         options = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         level: dict[str, Any] = {"type": "ByteLevel", **options}
@@ -251,7 +255,7 @@ class _Tokenizer:
             },
         }
 
-    def _llama(self) -> dict[str, Any]:
+    def _sentencepiece(self) -> dict[str, Any]:
         """Letters, merged into the piece of the highest score; bytes for what is not a piece."""
         prefix = self.metadata.flag("tokenizer.ggml.add_space_prefix")
         spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
