@@ -299,7 +299,7 @@ class _Tokenizer:
         return vocabulary
 
     def _merges(self, vocabulary: dict[str, int]) -> list[list[str]]:
-        """The merges of tokens; one of what is no token would stop the tokenizer from loading."""
+        """The merges of tokens; others would stop the tokenizer from loading."""
         found = (merge.partition(" ") for merge in self.metadata.words("tokenizer.ggml.merges"))
         return [
             [left, right]
