@@ -3,7 +3,7 @@
 They lie in the source archive of llama-cpp-python on PyPI, in vendor/llama.cpp/models. A cut of
 them is in the repository: of each vocabulary what its texts need. To make it again:
 
-    python -m tests.support.gguf_vocabularies vendor/llama.cpp/models
+    python -m tests.support.gguf_vocabularies vendor/llama.cpp/models [NAME ...]
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -70,10 +71,11 @@ def _cut(path: Path) -> dict[str, Any]:
     scores = metadata.numbers("tokenizer.ggml.scores")
     vectors = texts_of(path)
     merges = [merge.partition(" ")[::2] for merge in metadata.words("tokenizer.ggml.merges")]
-    made = tokenizer_of(metadata)
+    made = tokenizer_of(metadata, composed=metadata.word("tokenizer.ggml.pre") not in COMPOSED)
+    texts = {form for text, _ in vectors for form in (text, normalize("NFC", text))}
     pieces = {
         piece
-        for text, _ in vectors
+        for text in texts
         for word, _ in _words(made, text)
         for start in range(len(word))
         for piece in (word[start : start + length] for length in range(1, 24))
@@ -130,10 +132,10 @@ def metadata_of(name: str) -> Metadata:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    found = {
-        path.stem.removeprefix("ggml-vocab-"): _cut(path)
-        for path in sorted(place.glob("ggml-vocab-*.gguf"))
-        if Path(f"{path}.inp").exists()
-    }
-    CUT.write_bytes(lzma.compress(json.dumps(found).encode(), preset=9))
-    print({name: len(cut["metadata"]["tokenizer.ggml.tokens"]) for name, cut in found.items()})
+    found = cut_vocabularies() if CUT.exists() else {}
+    for path in sorted(place.glob("ggml-vocab-*.gguf")):
+        name = path.stem.removeprefix("ggml-vocab-")
+        if Path(f"{path}.inp").exists() and name in (sys.argv[2:] or [name]):
+            found[name] = _cut(path)
+            print(name, len(found[name]["metadata"]["tokenizer.ggml.tokens"]), flush=True)
+            CUT.write_bytes(lzma.compress(json.dumps(found).encode()))
