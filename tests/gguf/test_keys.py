@@ -12,7 +12,16 @@ import pytest
 import requant
 from requant.errors import CheckpointError
 from tests.support.gguf_files import write_gguf
-from tests.support.gguf_models import ALL, TOKENS, model_of, output_of, read_with, tiny
+from tests.support.gguf_models import (
+    ALL,
+    TOKENS,
+    header_of,
+    model_of,
+    output_of,
+    read_with,
+    tiny,
+)
+from tests.support.gguf_records import RECORDS
 
 pytestmark = pytest.mark.sweep(2)
 
@@ -48,6 +57,9 @@ VALUES: dict[str, list[Any]] = {
     "tensor_data_layout": ["Meta AI original pth", "other"],
     "use_parallel_residual": [True],
 }
+ENCODERS = ("bert", "xlm_roberta", "nomic_bert", "jina_bert")
+NORMED = ("granitemoe", "granitemoehybrid", "granitemoehybrid_dense", "gemma4", "gemma4_moe")
+TWICE = ("nemotron_h", "t5_encoder")
 # Known to change nothing as it is, so that no note is needed.
 SILENT = {
     ("qwen2vl", "rope.dimension_sections", "[8, 4, 4, 0]"),
@@ -68,6 +80,26 @@ SILENT = {
     ("gpt-oss", "expert_gating_func", "3"),
     ("granite", "rope.scaling.finetuned", "True"),
     ("mistral3", "rope.scaling.type", "yarn"),
+    *((case, "rope.scaling.type", "yarn") for case in ("deepseek_v2", "deepseek_v3")),
+    ("deepseek_v2", "expert_weights_norm", "False"),
+    *((case, "expert_weights_norm", "True") for case in NORMED),
+    *((case, "expert_gating_func", "3") for case in NORMED),
+    *((case, "expert_weights_norm", "True") for case in ("deepseek_v3", "glm4_moe", "nemotron_h")),
+    *((case, "expert_weights_norm", "True") for case in ("lfm2_moe", "minimax", "qwen3_5_moe")),
+    # Widths of keys and values as they are stored follow from the rank.
+    *((case, "attention.value_length", "5") for case in ("deepseek_v2", "deepseek_v3")),
+    *((case, "attention.causal", "False") for case in ENCODERS),
+    ("gemma4", "attention.sliding_window_pattern", "3"),  # as the list there has it
+    *((case, "rope.scaling.finetuned", "False") for case in ("granitemoehybrid", "nemotron_h")),
+    ("granitemoehybrid_dense", "rope.scaling.finetuned", "False"),
+    # Attention without positions.
+    *(
+        ("nemotron_h", "rope.scaling.finetuned", "True"),
+        ("nemotron_h", "rope.dimension_count", "5"),
+    ),
+    ("nemotron_h", "expert_weights_scale", "2.5"),  # its own
+    # The converter writes both: a note is there already.
+    *((case, "attention.layer_norm_epsilon", str(x)) for case in TWICE for x in (5, 2.5)),
 }
 WITH = {"yarn": {"rope.scaling.factor": 4.0}}  # what a value is written with
 NO_EXPERTS = ("expert_weights_norm", "False")
@@ -95,7 +127,7 @@ def values_of(key: str) -> Iterator[Any]:
     yield from VALUES.get(key, [5, 2.5])
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", [*ALL, *RECORDS])
 def test_no_key_is_lost(case: str) -> None:
     """Another value gives another config, a note that names the key, or an error that does."""
     usual, notes, problems = read_with(case, {})
@@ -104,10 +136,11 @@ def test_no_key_is_lost(case: str) -> None:
     for key in KEYS:
         if key in SIZES:
             continue
-        full = f"{ALL[case][1]}.{key}"
+        full = f"{header_of(case).metadata['general.architecture']}.{key}"
         for value in values_of(key):
             silent = (case, key, str(value)) in SILENT
-            silent |= (key, str(value)) == NO_EXPERTS and "expert" not in str(usual)
+            without = case not in NORMED and "expert" not in str(usual)
+            silent |= without and (key, str(value)) == NO_EXPERTS
             config, declared, named = read_with(case, WITH.get(str(value), {}) | {key: value})
             is_reported = full in named or full in declared.replace(notes, "") or config != usual
             if is_reported == silent:

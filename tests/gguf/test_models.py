@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 import requant
 import requant.mlx_lm
 from requant.errors import CheckpointError, UsageError
-from requant.gguf.architectures import ARCHITECTURES as KNOWN
+from requant.gguf.families import ARCHITECTURES as KNOWN
 from requant.gguf.metadata import Metadata
 from requant.gguf.special_tokens import special_ids, token_kinds
 from tests.support.checkpoints import model

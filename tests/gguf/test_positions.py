@@ -11,7 +11,7 @@ import pytest
 
 import requant
 from requant.errors import CheckpointError
-from requant.gguf.architectures import _FAMILIES, family_of
+from requant.gguf.families import _FAMILIES, family_of
 from requant.gguf.metadata import Metadata
 from requant.gguf.settings import ALL_SCALINGS
 from tests.support.gguf_files import write_gguf

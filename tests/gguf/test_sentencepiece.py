@@ -1,5 +1,6 @@
 """Tokenizers of SentencePiece files, against SentencePiece itself and transformers' reader."""
 
+import importlib
 import io
 import itertools
 import re
@@ -152,3 +153,42 @@ def test_transformers_makes_the_same(architecture: str) -> None:
             continue
         wanted = tokenizer.encode(text, add_special_tokens=False).ids
         assert theirs.encode(text, add_special_tokens=False).ids == wanted
+
+
+@cache
+def unigram() -> Any:
+    """A small Unigram model, as T5's is: texts are normalized, and runs of spaces are one."""
+    lines = itertools.chain.from_iterable(
+        path.read_text().splitlines() for path in sorted(DOCS.glob("*.md"))
+    )
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for line in lines if line.strip()),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=700,
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@cache
+def unigram_tokenizer() -> Tokenizer:
+    """From what the converter takes from the model, with its table of characters."""
+    model = unigram()
+    proto = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    proto.ParseFromString(model.serialized_model_proto())
+    table = np.frombuffer(proto.normalizer_spec.precompiled_charsmap, np.uint8)
+    stored = fields(model, True) | {"model": "t5", "remove_extra_whitespaces": True}
+    stored |= {"precompiled_charsmap": table}
+    values = {f"tokenizer.ggml.{key}": value for key, value in stored.items()}
+    files, why = tokenizer_files(Metadata("m.gguf", values))
+    assert not why
+    return Tokenizer.from_str(files["tokenizer.json"]().decode())
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(text=TEXT)
+def test_unigram(text: str) -> None:
+    assert unigram_tokenizer().encode(text, add_special_tokens=False).ids == unigram().encode(text)

@@ -133,7 +133,7 @@ def test_words_are_split_as_the_name_says(pre: str, words: list[str]) -> None:
     ("values", "why"),
     [
         ({}, "the file holds no tokenizer"),
-        ({"model": "t5", "tokens": ("a",)}, "is of kind 't5'"),
+        ({"model": "rwkv", "tokens": ("a",)}, "is of kind 'rwkv'"),
         ({"model": "gpt2", "pre": "new", "tokens": ("a",)}, "splits words ('new') is not known"),
     ],
 )
@@ -210,3 +210,54 @@ def test_named_templates_in_transformers(tmp_path: Path) -> None:
     assert asked() == "plain"
     assert asked(tools=[tool]) == "tools 1"
     assert asked(chat_template="rag") == "rag"
+
+
+@pytest.mark.parametrize(
+    ("values", "made"),
+    [
+        ({}, None),
+        ({"tokenizer.ggml.eos_token_id": 1}, {"eos_token_id": 1}),
+        (
+            {
+                "general.sampling.temp": 0.7,
+                "general.sampling.top_k": 20,
+                "general.sampling.top_p": 0.8,
+                "general.sampling.min_p": 0.05,
+                "general.sampling.penalty_repeat": 1.05,
+                "tokenizer.ggml.suppress_tokens": np.array([1], np.int32),
+            },
+            {
+                "do_sample": True,
+                "temperature": 0.7,
+                "top_k": 20,
+                "top_p": 0.8,
+                "min_p": 0.05,
+                "repetition_penalty": 1.05,
+                "suppress_tokens": [1],
+            },
+        ),
+        ({"general.sampling.temp": 0.0}, {"do_sample": False, "temperature": 0.0}),
+    ],
+)
+def test_generation_config(values: dict[str, Any], made: dict[str, Any] | None) -> None:
+    found = metadata(model="gpt2", pre="gpt-2", tokens=("a", "b"))
+    files, _ = tokenizer_files(Metadata("m.gguf", {**found.values, **values}))
+    make = files.get("generation_config.json")
+    assert (None if make is None else json.loads(make())) == made
+
+
+@pytest.mark.parametrize(
+    ("templates", "text"),
+    [
+        ({"chat_template": "{{ messages }}"}, b"{{ messages }}"),
+        ({}, None),
+        # transformers reads no list next to the file: several stay where it finds all of them.
+        ({"chat_template": "D", "chat_template.rag": "R"}, None),
+    ],
+)
+def test_chat_template_file(templates: dict[str, str], text: bytes | None) -> None:
+    found = metadata(model="gpt2", pre="gpt-2", tokens=("a", "b"))
+    more = {f"tokenizer.{key}": value for key, value in templates.items()}
+    files, _ = tokenizer_files(Metadata("m.gguf", {**found.values, **more}))
+    make = files.get("chat_template.jinja")
+    assert (None if make is None else make()) == text

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import requant
 from requant.errors import CheckpointError, RequantError
-from requant.gguf.architectures import _FAMILIES as FAMILIES
+from requant.gguf.families import _FAMILIES as FAMILIES
 from requant.importance.layer_names import LayerKey, layer_key
 from requant.importance.reader import LayerStatistics, read_statistics, write_statistics
 from requant.kernels import quantize as native

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_model
 
-from requant.gguf.architectures import family_of
+from requant.gguf.families import family_of
 from requant.gguf.header import Header, read_header
 from requant.gguf.metadata import Metadata
 from requant.gguf.model_config import make_config
@@ -22,6 +22,7 @@ from requant.gguf.settings import Settings
 from tests.support.checkpoints import model
 from tests.support.families import COMMON
 from tests.support.gguf_files import ARCHITECTURES, write_gguf
+from tests.support.gguf_records import RECORDS, write_record
 from tests.support.plan_texts import note_texts
 
 TOKENS = mx.array([[1, 5, 9, 200, 31, 7]])
@@ -133,13 +134,19 @@ def model_of(model_type: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 @cache
 def header_of(case: str) -> Header:
     """Of a file of a tiny model, as the converter writes it."""
+    if case in RECORDS:
+        return read_made(write_record(case, Path(mkdtemp())))
     model_type, architecture = ALL[case]
     weights, config = model_of(model_type)
     folder = Path(mkdtemp())
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, model_type, architecture)
         write_gguf(folder / "m.gguf", weights, config)
-    header, problems = read_header(folder, "m.gguf", (folder / "m.gguf").stat().st_size)
+    return read_made(folder / "m.gguf")
+
+
+def read_made(path: Path) -> Header:
+    header, problems = read_header(path.parent, path.name, path.stat().st_size)
     assert header is not None and not problems
     return header
 
@@ -147,7 +154,8 @@ def header_of(case: str) -> Header:
 def read_with(case: str, more: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
     """Config, notes, and keys with problems of a tiny model with further metadata."""
     header = header_of(case)
-    found = {f"{ALL[case][1]}.{key}": stored(value) for key, value in more.items()}
+    prefix = header.metadata["general.architecture"]
+    found = {f"{prefix}.{key}": stored(value) for key, value in more.items()}
     metadata = Metadata("m.gguf", {**header.metadata, **found})
     family = family_of(metadata)
     assert family is not None

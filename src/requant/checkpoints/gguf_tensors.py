@@ -18,6 +18,9 @@ class GgufTensor:
     name_in_file: str
     heads: int = 0  # heads whose rows are in the order of llama.cpp's rotary embedding; 0 for none
     is_shifted: bool = False  # whether one was added to each value
+    is_exponential: bool = False  # whether each value x was stored as -exp(x)
+    # Heads of keys, and heads of values for each, by which inputs were dealt out; (0, 0) if not.
+    column_heads: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

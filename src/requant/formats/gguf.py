@@ -47,6 +47,8 @@ from requant.text import pluralize_are
 _HALVES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0", "Q1_0")
 # Scales cover 16 or 8 values: new codes of 8 bits in the shortest groups add least to them.
 _FALLBACK = Quantization.affine(32, 8)
+# Halves of kv_b_proj (DeepSeek 2), as the converter stores them.
+_KEYS, _VALUES = ".k_b_proj.weight", ".v_b_proj.weight"
 _NAN_EXPONENT, _ZERO_SCALE, _SIGN = 255, 0x7F, 0x80
 
 
@@ -60,6 +62,16 @@ def _by_head(rows: Array, heads: int) -> Array:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
+def _by_group(values: Array, heads: tuple[int, int]) -> Array:
+    """Values along the last axis with heads in Hugging Face's order: in groups.
+
+    llama.cpp has ``(heads of a group, groups)`` heads, Hugging Face ``(groups, heads)``.
+    """
+    groups, each = heads
+    dealt = values.reshape(*values.shape[:-1], each, groups, -1)
+    return np.ascontiguousarray(dealt.swapaxes(-3, -2)).reshape(values.shape)
+
+
 @dataclass(frozen=True)
 class _GgufRows(MatrixPacking):
     """Rows of one tensor; of whole heads where their rows change places.
@@ -70,6 +82,12 @@ class _GgufRows(MatrixPacking):
     type_number: int  # of the type, as files write it
     width: int  # elements in a stored row
     head: int = 1  # rows of a head that change places; 1 where none do
+    column_heads: tuple[int, int] = (0, 0)  # groups, and heads of each, if inputs change places
+
+    def place_columns(self, out: Array) -> None:
+        """Give decoded values, or words, scales or biases, the order of their inputs."""
+        if self.column_heads[1] > 1:
+            out[...] = _by_group(out, self.column_heads)
 
     @property
     def kind(self) -> BlockType:
@@ -100,17 +118,25 @@ class GgufValues(_GgufRows):
     holds_codes: ClassVar[bool] = False
 
     shift: bool = False
+    exponential: bool = False
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
-        """The values, less one where ``shift`` says so (in float32), rounded once."""
+        """The values, less one where ``shift`` says so (in float32), rounded once.
+
+        Where ``exponential`` says so, x of stored values -exp(x).
+        """
         stored = self.stored(parts)
         if self.shift:
             stored = stored.astype(np.float32) - np.float32(1)
+        if self.exponential:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                stored = np.log(-stored.astype(np.float64)).astype(np.float32)
         values.cast_into(stored, out)
+        self.place_columns(out)
 
     def decoded_fidelity(self, dtype: str) -> Fidelity:
         """Exact where nothing is computed and no number rounds."""
-        is_plain = not self.shift and self.kind.name in DTYPE_NAME
+        is_plain = not (self.shift or self.exponential) and self.kind.name in DTYPE_NAME
         if is_plain and not is_narrower(dtype, self.kind.name):
             return EXACT
         return super().decoded_fidelity(dtype)
@@ -131,6 +157,7 @@ class GgufScaledValues(GgufValues):
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         _scaled_into(self.stored(parts).astype(np.float32), parts, out)
+        self.place_columns(out)
 
     def decoded_fidelity(self, dtype: str) -> Fidelity:
         return rounded("values", dtype)
@@ -170,7 +197,14 @@ class GgufBlocks(_GgufRows):
 
     @property
     def encoding(self) -> Quantization | None:
-        return None if self.tensor_scales else self.kind.encoding
+        encoding = self.kind.encoding
+        if self.tensor_scales or encoding is None:
+            return None
+        groups, each = self.column_heads
+        # A group of codes moves as a whole, or not at all.
+        if each > 1 and self.columns // (groups * each) % encoding.group_size:
+            return None
+        return encoding
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
         cuts = super().required_rects(start, stop)
@@ -188,6 +222,8 @@ class GgufBlocks(_GgufRows):
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Codes bit for bit; scales and biases rounded at most once."""
         words_into(self.kind, self.stored(parts), out["weight"], out["scales"], out.get("biases"))
+        for array in out.values():
+            self.place_columns(array)
         if "biases" not in out:
             _check_scales(self.kind, out["scales"])
 
@@ -195,10 +231,11 @@ class GgufBlocks(_GgufRows):
         """Values in float32, as llama.cpp computes them; rounded once."""
         if not self.tensor_scales:
             values_into(self.kind, self.stored(parts), out)
-            return
-        wide = scratch.take("wide", "F32", stop - start, 4 * self.columns)
-        values_into(self.kind, self.stored(parts), wide)
-        _scaled_into(wide, parts, out)
+        else:
+            wide = scratch.take("wide", "F32", stop - start, 4 * self.columns)
+            values_into(self.kind, self.stored(parts), wide)
+            _scaled_into(wide, parts, out)
+        self.place_columns(out)
 
     def fidelity(self, dtype: str) -> Fidelity:
         """Exact where scales and biases are numbers of ``dtype``."""
@@ -215,6 +252,77 @@ class GgufDenseBlocks(GgufBlocks):
     """Blocks of what no layer of MLX holds quantized: vectors, convolutions, biases."""
 
     holds_codes: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class GgufHeads(MatrixPacking):
+    """``kv_b_proj`` of compressed keys and values, of which files have the two halves.
+
+    ``keys``: ``(heads, columns, key rows)``, each head transposed; ``weight``, the values:
+    ``(heads, value rows, columns)``. A head's rows are those of its keys, then of its values.
+    """
+
+    holds_codes: ClassVar[bool] = False
+
+    key_type: int  # numbers of the types, as files write them
+    value_type: int
+    key_rows: int  # rows of one head
+    value_rows: int
+    key_width: int  # elements in a stored row
+    value_width: int
+
+    @property
+    def row_unit(self) -> int:  # type: ignore[override]  # a constant of other packings
+        return self.key_rows + self.value_rows
+
+    @property
+    def encoding(self) -> Quantization | None:
+        """None: groups of keys run along another axis than MLX's."""
+        return None
+
+    @property
+    def stored_kind(self) -> tuple[object, ...]:
+        return type(self), self.key_type, self.value_type
+
+    def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        first, last = start // self.row_unit, stop // self.row_unit
+        keys = Rect((first * self.columns, last * self.columns), (0, self.key_width))
+        halves = Rect((first * self.value_rows, last * self.value_rows), (0, self.value_width))
+        return {"keys": keys, "weight": halves}
+
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
+        raise InvariantError("the halves of kv_b_proj have no encoding of MLX's")
+
+    def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
+        """Values in float32, rounded once."""
+        heads = (stop - start) // self.row_unit
+        keys = _wide(self.key_type, parts["keys"], self.key_rows)
+        halves = _wide(self.value_type, parts["weight"], self.columns)
+        whole = np.concatenate(
+            [
+                keys.reshape(heads, self.columns, self.key_rows).swapaxes(1, 2),
+                halves.reshape(heads, self.value_rows, self.columns),
+            ],
+            axis=1,
+        )
+        values.cast_into(whole.reshape(out.shape), out)
+
+    def decoded_fidelity(self, dtype: str) -> Fidelity:
+        names = {TYPES[number].name for number in (self.key_type, self.value_type)}
+        if all(name in DTYPE_NAME and not is_narrower(dtype, name) for name in names):
+            return EXACT
+        return rounded("values", dtype)
+
+
+def _wide(type_number: int, stored: Array, columns: int) -> Array:
+    """Stored rows as float32 ``(rows, columns)``."""
+    kind = TYPES[type_number]
+    wide = np.empty((stored.shape[0], columns), np.float32)
+    if kind.dtype:
+        values.cast_into(stored, wide)
+    else:
+        values_into(kind, stored, wide)
+    return wide
 
 
 def _check_scales(kind: BlockType, scales: Array) -> None:
@@ -253,11 +361,57 @@ class Gguf:
         for name, tensor in checkpoint.tensors.items():
             path, _, role = name.rpartition(".")
             scales = role in ("scale", "input_scale") and f"{path}.weight" in model.tensors
-            if not scales:
+            if name.endswith(_KEYS) and name.replace(_KEYS, _VALUES) in model.tensors:
+                layers.append(_heads(name, model, checkpoint))
+            elif name.endswith(_VALUES) and name.replace(_VALUES, _KEYS) in model.tensors:
+                continue
+            elif not scales:
                 layers.append(_layer(tensor, model, checkpoint, problems))
             elif role == "input_scale":
                 dropped.append((name, "MLX does not quantize activations"))
         return SourceLayout(tuple(layers), None, tuple(problems), tuple(dropped), notes=model.notes)
+
+
+def _heads(name: str, model: GgufModel, checkpoint: Checkpoint) -> SourceLayer:
+    """The layer whose two halves are stored apart."""
+    names = {"keys": name, "weight": name.replace(_KEYS, _VALUES)}
+    keys, halves = model.tensors[name], model.tensors[names["weight"]]
+    heads, rank, key_rows = keys.shape
+    value_rows = halves.shape[1]
+    parts = {role: checkpoint.tensors[tensor] for role, tensor in names.items()}
+    rows = heads * (key_rows + value_rows)
+    packing = GgufHeads(
+        rows=rows,
+        columns=rank,
+        matrix=rows,
+        key_type=keys.kind.number,
+        value_type=halves.kind.number,
+        key_rows=key_rows,
+        value_rows=value_rows,
+        key_width=parts["keys"].info.shape[-1],
+        value_width=parts["weight"].info.shape[-1],
+    )
+    path = name.replace(_KEYS, ".kv_b_proj")
+    if keys.kind.dtype and halves.kind.dtype:
+        return SourceLayer(
+            path=path,
+            parts=parts,
+            encoding=None,
+            shape=(rows, rank),
+            dtype=model.dtype,
+            packing=packing,
+            stored_description=keys.kind.dtype,
+        )
+    reason = Reason(ReasonCode.NO_MLX_GROUP, "its groups run along the outputs, not the inputs")
+    return packed_layer(
+        path,
+        parts,
+        (rows, rank),
+        packing,
+        dtype=model.dtype,
+        stored=f"gguf {keys.kind.name}",
+        reason=reason,
+    )
 
 
 def _layer(
@@ -288,6 +442,7 @@ def _layer(
         type_number=stored.kind.number,
         width=tensor.info.shape[-1],
         head=matrix // stored.heads if stored.heads else 1,
+        column_heads=stored.column_heads,
         tensor_scales=scales,
     )
     if not is_layer:
@@ -323,21 +478,26 @@ def _plain(parts: Tensors, stored: GgufTensor, dtype: str, scales: int) -> Sourc
     layer = dense_layer(tensor)
     if stored.kind.dtype not in FLOATS:
         return layer
-    plain = not (stored.heads or stored.is_shifted or scales)
+    is_dealt = stored.column_heads[1] > 1
+    computed = stored.is_shifted or stored.is_exponential
+    plain = not (stored.heads or computed or scales or is_dealt)
     if stored.kind.dtype == dtype and plain:
         return layer
     *leading, columns = stored.shape or (1,)
     rows = leading[-1] if leading else 1
-    common = (prod(leading), columns, rows, stored.kind.number, columns)
+    matrix = (prod(leading), columns, rows, stored.kind.number, columns)
     packing: GgufValues
     head = rows // stored.heads if leading and stored.heads else 1
+    shift, exponential = stored.is_shifted, stored.is_exponential
     if scales:
-        packing = GgufScaledValues(*common, head, tensor_scales=scales)
+        packing = GgufScaledValues(*matrix, head, stored.column_heads, tensor_scales=scales)
     elif leading:
-        packing = GgufValues(*common, head, shift=stored.is_shifted)
+        packing = GgufValues(
+            *matrix, head, stored.column_heads, shift=shift, exponential=exponential
+        )
     else:
-        packing = GgufVector(*common, shift=stored.is_shifted, heads=stored.heads)
-    return _decoded(parts, stored, dtype, packing)
+        packing = GgufVector(*matrix, shift=shift, exponential=exponential, heads=stored.heads)
+    return _decoded(parts, stored, "F32" if stored.is_exponential else dtype, packing)
 
 
 def _decoded(parts: Tensors, stored: GgufTensor, dtype: str, packing: Packing) -> SourceLayer:

@@ -1,92 +1,22 @@
-"""Architectures of llama.cpp: what GGUF files call tensors and settings, in Hugging Face's terms.
+"""What one architecture of llama.cpp is: names of tensors, and how their values were changed.
 
 The facts are those of llama.cpp's converter (convert_hf_to_gguf.py, gguf-py's tensor map):
-which names it gives, which rows it reorders, and where it adds one to a norm.
+which names it gives, which rows it reorders, and where it adds one to a norm. ``families`` has
+the table.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from requant.gguf.metadata import Metadata
-from requant.gguf.model_config import (
-    Configure,
-    configure_gemma,
-    configure_gemma_2,
-    configure_gemma_3,
-    configure_gpt_oss,
-    configure_granite,
-    configure_llama,
-    configure_ministral_3,
-    configure_mixtral,
-    configure_olmo_3,
-    configure_phi_3,
-    configure_qwen,
-    configure_qwen_moe,
-    configure_seed_oss,
-    configure_smollm_3,
-)
-from requant.gguf.settings import ALL_SCALINGS, PLAIN, Support
+from requant.gguf.model_config import Configure
+from requant.gguf.settings import PLAIN, Support
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_ATTENTION = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_LLAMA = {**_ATTENTION, **_MLP}
-_MIXTRAL = {
-    **_ATTENTION,
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.switch_mlp.gate_proj",
-    "ffn_up_exps": "block_sparse_moe.switch_mlp.up_proj",
-    "ffn_down_exps": "block_sparse_moe.switch_mlp.down_proj",
-}
-_QWEN_MOE = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.switch_mlp.gate_proj",
-    "ffn_up_exps": "mlp.switch_mlp.up_proj",
-    "ffn_down_exps": "mlp.switch_mlp.down_proj",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-}
-_GEMMA_2 = {
-    **_LLAMA,
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_SEED_OSS = {**_LLAMA, "post_attention_norm": "post_attention_layernorm"}
-_PHI_3 = {
-    **_ATTENTION,
-    "attn_qkv": "self_attn.qkv_proj",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GPT_OSS = {  # experts as mlx-lm names them: Hugging Face interleaves gate and up
-    **_ATTENTION,
-    "post_attention_norm": "post_attention_layernorm",
-    "attn_sinks": "self_attn.sinks",
-    "ffn_gate_inp": "mlp.router",
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
-}
-_OLMO_2 = {  # norms behind the two halves of a block, none before
-    **_LLAMA,
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _OLD_EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}  # one tensor an expert
 _FUSED = {  # one tensor of several, row after row: its name -> theirs
     "attn_qkv": ("attn_q", "attn_k", "attn_v"),
@@ -95,8 +25,11 @@ _FUSED = {  # one tensor of several, row after row: its name -> theirs
 SCALES = (".scale", ".input_scale")
 """Endings of the factors of a tensor's values, or of its input."""
 _SUFFIX = r"(weight|bias|scale|input_scale)"
-_BLOCK = re.compile(rf"blk\.(\d{{1,6}})\.([a-z_]+)(?:\.(\d{{1,6}}))?\.{_SUFFIX}")
-_TOP_NAME = re.compile(rf"([a-z_]+)\.{_SUFFIX}")
+_BLOCK = re.compile(r"(?:enc\.)?blk\.(\d{1,6})\.(.+)", re.DOTALL)
+_ROLE = re.compile(rf"(.+?)(?:\.(\d{{1,6}}))?\.{_SUFFIX}", re.DOTALL)
+_TOP_NAME = re.compile(rf"([a-z0-9_.]+)\.{_SUFFIX}")
+EACH_ROW = "*"
+"""In a path: the number of a row; each row is a tensor of its own."""
 # What is computed from settings that the config has: name -> where it goes.
 _SETTINGS = {
     "rope_freqs": "rope_scaling in config.json represents it",
@@ -105,60 +38,122 @@ _SETTINGS = {
 }
 
 
+class Move(Enum):
+    """What the converter did to a tensor, and is undone."""
+
+    CHANNELS = auto()  # (channels, 1, taps) became (channels, taps): a convolution
+    FLAT = auto()  # (n,) got further axes
+    ROW = auto()  # (1, n) became (n,)
+    EXPONENTIAL = auto()  # x became -exp(x)
+    VALUE_HEADS = auto()  # heads of values, in groups of a head of keys, were dealt out
+    VALUE_COLUMNS = auto()  # the same for inputs
+    HEAD_GROUPS = auto()  # groups of queries, a key and a value were sorted by kind
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One architecture."""
 
     model_type: str  # as config.json says it
     cls: str  # the class in transformers
-    blocks: Mapping[str, str]  # name of a tensor of a block -> its path below ``model.layers.N``
+    blocks: Mapping[str, str]  # name of a tensor of a block -> its path below a layer
     configure: Configure  # adds what only this architecture has to a config
     support: Support = PLAIN  # the settings that mlx-lm's class reads
     # Whether rows of q and k are in the order of llama.cpp's rotary embedding.
     permuted: bool = False
     shifted_norms: bool = False  # whether one was added to the weights of norms
     wide: bool = False  # whether activations leave the range of float16
+    # Names of a block's tensors with their suffix -> below a layer, where suffixes differ.
+    whole: Mapping[str, str] = field(default_factory=dict)
+    top: Mapping[str, str] = field(default_factory=lambda: TOP)  # the same outside of blocks
+    layers: str = "model.layers"  # the path of the list of layers
+    moves: Mapping[str, tuple[Move, ...]] = field(default_factory=dict)  # by name in a block
+    # Name in ``blocks`` -> the tensors of the file that are its rows, one after another.
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unshifted: tuple[str, ...] = ()  # norms to which nothing was added, by name in a block
 
     def name_of(self, name: str) -> str | None:
         """Hugging Face's name of a tensor; None if this architecture has none of that name."""
         if found := _BLOCK.fullmatch(name):
-            number, role, expert, suffix = found.groups()
-            if expert is not None:
-                known = self.model_type == "mixtral" and role in _OLD_EXPERTS
-                path = f"block_sparse_moe.experts.{expert}.{_OLD_EXPERTS[role]}" if known else None
-            else:
-                path = self.blocks.get(role)
-            if path is None:
-                return None
-            suffix = "" if role == "attn_sinks" else f".{suffix}"
-            return f"model.layers.{int(number)}.{path}{suffix}"
+            path = self._path_of(found[2])
+            return None if path is None else f"{self.layers}.{int(found[1])}.{path}"
         found = _TOP_NAME.fullmatch(name)
-        if found and found[1] in _TOP:
-            return f"{_TOP[found[1]]}.{found[2]}"
+        if found and found[1] in self.top:
+            return f"{self.top[found[1]]}.{found[2]}"
+        return None
+
+    def _path_of(self, rest: str) -> str | None:
+        """The path below a layer of a tensor of a block, with its suffix."""
+        if rest in self.whole:
+            return self.whole[rest]
+        found = _ROLE.fullmatch(rest)
+        if found is None:
+            return None
+        role, number, suffix = found.groups()
+        path = self.blocks.get(role)
+        if number is None:
+            return None if path is None else f"{path}.{suffix}"
+        if path is not None and EACH_ROW in path:
+            return f"{path.replace(EACH_ROW, number)}.{suffix}"
+        if self.model_type == "mixtral" and role in _OLD_EXPERTS:
+            return f"block_sparse_moe.experts.{number}.{_OLD_EXPERTS[role]}.{suffix}"
         return None
 
     def fused_of(self, name: str) -> tuple[str, ...]:
         """The names that the parts of a fused tensor would have; none of any other."""
-        found = _BLOCK.fullmatch(name)
-        if found is None or found[3] or found[2] in self.blocks:
+        role, suffix, number = _split(name)
+        if not role or role in self.blocks or suffix is None:
             return ()
-        roles = _FUSED.get(found[2], ())
+        roles = _FUSED.get(role, ())
         if not all(role in self.blocks for role in roles):
             return ()
-        return tuple(f"blk.{found[1]}.{role}.{found[4]}" for role in roles)
+        return tuple(f"blk.{number}.{role}.{suffix}" for role in roles)
+
+    def joined_of(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """The name of the tensor that one is a part of, and of all its parts; "" for others."""
+        role, suffix, number = _split(name)
+        for whole, roles in self.joined.items():
+            if role in roles and f".{suffix}" not in SCALES:
+                names = tuple(f"blk.{number}.{part}.{suffix}" for part in roles)
+                return f"blk.{number}.{whole}.{suffix}", names
+        return "", ()
+
+    def rows_of(self, name: str, rows: int) -> tuple[str, ...]:
+        """Names of the rows of a tensor that holds a tensor a row; none of any other."""
+        role, suffix, number = _split(name)
+        if EACH_ROW not in self.blocks.get(role, ""):
+            return ()
+        return tuple(f"blk.{number}.{role}.{row}.{suffix}" for row in range(rows))
+
+    def moves_of(self, name: str) -> tuple[Move, ...]:
+        """What was done to a tensor."""
+        return self.moves.get(_split(name)[0], ())
 
     def heads_of(self, name: str, metadata: Metadata) -> int:
         """Heads whose rows are reordered in a tensor; 0 where none are."""
-        found = _BLOCK.fullmatch(name)
-        if not self.permuted or found is None or found[2] not in ("attn_q", "attn_k"):
+        role = _split(name)[0]
+        if not self.permuted or role not in ("attn_q", "attn_k"):
             return 0
         prefix = f"{metadata.architecture}.attention.head_count"
         heads = metadata.find_int(prefix) or 0
-        return heads if found[2] == "attn_q" else metadata.find_int(f"{prefix}_kv") or heads
+        return heads if role == "attn_q" else metadata.common_int(f"{prefix}_kv") or heads
 
     def is_shifted(self, name: str) -> bool:
-        """Whether one was added to a tensor's values."""
-        return self.shifted_norms and name.endswith("norm.weight")
+        """Whether one was added to the values of a tensor of the file."""
+        if not self.shifted_norms or _split(name)[0] in self.unshifted:
+            return False
+        return (self.name_of(name) or name).endswith("norm.weight")
+
+
+def _split(name: str) -> tuple[str, str | None, str]:
+    """Name in a block, suffix and number of the block; "" for tensors outside of blocks."""
+    found = _BLOCK.fullmatch(name)
+    if found is None:
+        return "", None, ""
+    role = _ROLE.fullmatch(found[2])
+    if role is None or role[2]:
+        return found[2], None, found[1]
+    return role[1], role[3], found[1]
 
 
 def setting_of(name: str) -> str | None:
@@ -167,94 +162,7 @@ def setting_of(name: str) -> str | None:
     return _SETTINGS.get(found[1]) if found else None
 
 
-_BY_HIDDEN = Support(head_dim=False)
-_UNSCALED = Support(frozenset())
-_UNSCALED_BY_HIDDEN = Support(frozenset(), head_dim=False)
-_LONGROPE_BY_HIDDEN = Support(frozenset({"longrope"}), head_dim=False, partial_rotary=True)
-_NO_LONGROPE = Support(ALL_SCALINGS - {"longrope"})
-_FAMILIES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", _LLAMA, configure_llama, permuted=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA, configure_qwen, _BY_HIDDEN),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA, configure_qwen),
-    "qwen2moe": Architecture(
-        "qwen2_moe",
-        "Qwen2MoeForCausalLM",
-        {**_ATTENTION, **_QWEN_MOE},
-        configure_qwen_moe,
-        _UNSCALED_BY_HIDDEN,
-    ),
-    "qwen3moe": Architecture(
-        "qwen3_moe", "Qwen3MoeForCausalLM", {**_LLAMA, **_QWEN_MOE}, configure_qwen_moe, _UNSCALED
-    ),
-    "gemma": Architecture(
-        "gemma",
-        "GemmaForCausalLM",
-        _LLAMA,
-        configure_gemma,
-        _UNSCALED,
-        shifted_norms=True,
-        wide=True,
-    ),
-    "gemma2": Architecture(
-        "gemma2",
-        "Gemma2ForCausalLM",
-        _GEMMA_2,
-        configure_gemma_2,
-        _UNSCALED,
-        shifted_norms=True,
-        wide=True,
-    ),
-    "gemma3": Architecture(
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        _GEMMA_2,
-        configure_gemma_3,
-        shifted_norms=True,
-        wide=True,
-    ),
-    "phi3": Architecture("phi3", "Phi3ForCausalLM", _PHI_3, configure_phi_3, _LONGROPE_BY_HIDDEN),
-    "smollm3": Architecture(
-        "smollm3", "SmolLM3ForCausalLM", _LLAMA, configure_smollm_3, permuted=True
-    ),
-    "granite": Architecture(
-        "granite", "GraniteForCausalLM", _LLAMA, configure_granite, _BY_HIDDEN, permuted=True
-    ),
-    "seed_oss": Architecture("seed_oss", "SeedOssForCausalLM", _SEED_OSS, configure_seed_oss),
-    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", _OLMO_2, configure_llama),
-    "gpt-oss": Architecture(
-        "gpt_oss", "GptOssForCausalLM", _GPT_OSS, configure_gpt_oss, _NO_LONGROPE, wide=True
-    ),
-}
-_MINISTRAL_FAMILY = Architecture(
-    "ministral3", "Ministral3ForCausalLM", _LLAMA, configure_ministral_3, permuted=True
-)
-_MIXTRAL_FAMILY = Architecture(
-    "mixtral", "MixtralForCausalLM", _MIXTRAL, configure_mixtral, _UNSCALED_BY_HIDDEN, permuted=True
-)
-_OLMO_3_FAMILY = Architecture("olmo3", "Olmo3ForCausalLM", _OLMO_2, configure_olmo_3)
-# The language parts of models that see: of text alone, their positions are those of the others.
-_FAMILIES |= {
-    "qwen2vl": _FAMILIES["qwen2"],
-    "qwen3vl": _FAMILIES["qwen3"],
-    "qwen3vlmoe": _FAMILIES["qwen3moe"],
-}
-ARCHITECTURES = (*_FAMILIES, "mistral3")
-"""The values of ``general.architecture`` whose names and config are known."""
-
-
-def family_of(metadata: Metadata) -> Architecture | None:
-    """The architecture of a file, or None if it is not known.
-
-    Mixtral calls itself llama, OLMo 3 olmo2, and Mistral's models of 2025 mistral3, whether or
-    not their attention is Ministral's.
-    """
-    name = metadata.architecture
-    if name == "mistral3":
-        if metadata.find_float("mistral3.attention.temperature_scale") is not None:
-            return _MINISTRAL_FAMILY
-        name = "llama"
-    if name == "llama" and metadata.find_int(f"{metadata.architecture}.expert_count"):
-        return _MIXTRAL_FAMILY
-    if name == "olmo2" and metadata.find_int("olmo2.attention.sliding_window"):
-        return _OLMO_3_FAMILY
-    return _FAMILIES.get(name)
+def block_of(name: str) -> int | None:
+    """The number of the block that a tensor belongs to."""
+    found = _BLOCK.fullmatch(name)
+    return int(found[1]) if found else None

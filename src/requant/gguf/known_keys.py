@@ -93,13 +93,29 @@ _NEUTRAL: Mapping[str, Sequence[float | bool]] = {
     **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"), (1,)),
     "rope.scaling.yarn_ext_factor": (1.0, -1.0),
 }
-_SOFTMAX, _SOFTMAX_OF_CHOSEN = 1, 3
+_SOFTMAX, _SIGMOID, _SOFTMAX_OF_CHOSEN = 1, 2, 3
+# The softmax of the chosen experts alone is that of all, divided by the sum of the chosen.
+_NORMED = {
+    "expert_gating_func": (_SOFTMAX, _SOFTMAX_OF_CHOSEN),
+    "expert_weights_norm": (True,),
+}
 # What a class computes whatever config.json says: model_type -> key -> the values that say so.
 _OWN: Mapping[str, Mapping[str, Sequence[float | bool]]] = {
     "granite": {"rope.scaling.finetuned": (True,), "expert_weights_norm": (False,)},
     "mixtral": {"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (True,)},
     "qwen2_moe": {"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (False,)},
     "qwen3_moe": {"expert_gating_func": (_SOFTMAX,)},
+    "qwen3_5_moe": {"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (True,)},
+    "deepseek_v2": {"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (False,)},
+    "deepseek_v3": {"expert_gating_func": (_SIGMOID,)},
+    "glm4_moe_lite": {"expert_gating_func": (_SIGMOID,)},
+    "glm4_moe": {"expert_gating_func": (_SIGMOID,)},
+    "lfm2_moe": {"expert_gating_func": (_SIGMOID,), "expert_weights_norm": (True,)},
+    "minimax_m2": {"expert_gating_func": (_SIGMOID,), "expert_weights_norm": (True,)},
+    "nemotron_h": {"expert_gating_func": (_SIGMOID,)},
+    "granitemoe": _NORMED,
+    "granitemoehybrid": _NORMED,
+    "gemma4_text": _NORMED,
     "gpt_oss": {"expert_gating_func": (_SOFTMAX_OF_CHOSEN,), "expert_weights_norm": (True, False)},
 }
 _WITHOUT_EXPERTS: Mapping[str, Sequence[float | bool]] = {"expert_weights_norm": (False,)}
@@ -191,12 +207,12 @@ def _same_as(name: str, settings: Settings, config: Mapping[str, Any]) -> float 
     if name == "expert_feed_forward_length":
         return settings.stored_expert_width or None
     if name == "attention.scale":
-        return float(config["head_dim"] ** -0.5)
+        return float(config["head_dim"] ** -0.5) if "head_dim" in config else None
     if name == "attention.temperature_length":
         rope = config.get("rope_parameters", {})
         return float(rope.get("original_max_position_embeddings", 0))
-    same = _SAME.get(name)
-    return None if same is None else float(config[same])
+    same = config.get(_SAME.get(name, ""))
+    return None if same is None else float(same)
 
 
 _SAME = {

@@ -74,6 +74,28 @@ class Metadata:
         self._wrong(key, "a whole number")
         return None
 
+    def common_int(self, key: str) -> int | None:
+        """The number of all layers that have one, where a file has one for each, 0 for none."""
+        value = self._find(key)
+        if not isinstance(value, np.ndarray):
+            return self.find_int(key)
+        found = {int(x) for x in value if x}
+        if len(found) == 1:
+            return found.pop()
+        self._wrong(key, "one whole number, the same for all layers")
+        return None
+
+    def layer_ints(self, key: str, blocks: int) -> list[int] | None:
+        """A whole number for each of ``blocks`` layers, or None; one number is that of all."""
+        if not self.is_array(key):
+            value = self.find_int(key)
+            return None if value is None else [value] * blocks
+        found = self.numbers(key)
+        if found is None or found.dtype.kind not in "bui" or len(found) < blocks:
+            self._wrong(key, f"a whole number for each of {blocks:,} blocks")
+            return [0] * blocks
+        return [int(x) for x in found[:blocks]]
+
     def find_float(self, key: str) -> float | None:
         """A finite number in its shortest form as float32, or None."""
         value = self._find(key)

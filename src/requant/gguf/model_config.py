@@ -28,9 +28,10 @@ def make_config(
 
     The arguments are those of ``architectures.Architecture``.
     """
-    heads = settings.need_int("attention.head_count")
+    support = settings.support
+    heads = settings.need_int("attention.head_count") if support.attention else 1
     hidden = settings.need_int("embedding_length")
-    blocks = settings.need_int("block_count")
+    blocks = settings.blocks
     if blocks > len(settings.shapes):
         message = f"is {blocks:,}, but the file has {len(settings.shapes):,} tensors in all"
         settings.metadata.report(f"{settings.prefix}block_count", message)
@@ -44,11 +45,11 @@ def make_config(
         "hidden_size": hidden,
         "num_hidden_layers": blocks,
         "num_attention_heads": heads,
-        "num_key_value_heads": settings.find_int("attention.head_count_kv") or heads,
+        "num_key_value_heads": _first_or_common("attention.head_count_kv", settings) or heads,
         "head_dim": settings.find_int("attention.key_length") or max(hidden // heads, 1),
-        "intermediate_size": settings.find_int("feed_forward_length") or 0,
-        "rms_norm_eps": settings.metadata.need_float(
-            f"{settings.prefix}attention.layer_norm_rms_epsilon"
+        "intermediate_size": _first_or_common("feed_forward_length", settings),
+        "layer_norm_eps" if support.layer_norm else "rms_norm_eps": settings.need_float(
+            f"attention.layer_norm{'' if support.layer_norm else '_rms'}_epsilon"
         ),
         "vocab_size": embeddings[0] if embeddings else 0,
         "max_position_embeddings": settings.need_int("context_length"),
@@ -57,13 +58,20 @@ def make_config(
     }
     _check_head_dim(config, settings)
     rotary = _rotary(config, settings)
-    scaling = rope_scaling(settings, model_type, rotary)
+    scaling = rope_scaling(settings, model_type, rotary) if support.positions else None
     if scaling is not None:
         config["rope_scaling"] = scaling
     configure(config, settings)
     config |= special_ids(settings.metadata)
     report_unread(settings, config)
     return config
+
+
+def _first_or_common(key: str, settings: Settings) -> int:
+    """The number of all blocks; of the first that has one where blocks are of several kinds."""
+    if not settings.support.hybrid:
+        return settings.find_int(key) or 0
+    return next((x for x in settings.layer_ints(key, settings.blocks) or [] if x), 0)
 
 
 def _check_head_dim(config: dict[str, Any], settings: Settings) -> None:

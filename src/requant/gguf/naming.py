@@ -17,7 +17,7 @@ from requant.checkpoints.gguf_tensors import GgufModel, GgufTensor
 from requant.core.dtypes import TensorInfo
 from requant.core.reasons import Note, NoteCode
 from requant.errors import Problem
-from requant.gguf.architectures import SCALES, Architecture, setting_of
+from requant.gguf.architectures import SCALES, Architecture, Move, block_of, setting_of
 from requant.gguf.header import TableEntry
 from requant.gguf.metadata import Metadata
 from requant.kernels.gguf import BlockType
@@ -54,12 +54,12 @@ class Naming:
         dropped: list[tuple[str, str]] = []
         unknown: list[str] = []
         for name, (file, entry) in table.items():
-            reason = setting_of(name) if self.family else None
+            reason = self._why_dropped(name)
             if reason is not None:
                 dropped.append((name, reason))
                 continue
             self._check_scale(name, file, table)
-            for part in self._parts(entry, file):
+            for part in self._parts(entry, file, table):
                 named = self.family.name_of(part.entry.name) if self.family else name
                 if named is None:
                     unknown.append(name)
@@ -81,12 +81,133 @@ class Naming:
         )
         return tensors, model
 
-    def _parts(self, entry: TableEntry, file: str) -> Iterator[_Part]:
-        """A tensor, or what it is fused of."""
+    def _why_dropped(self, name: str) -> str | None:
+        """The reason why a tensor is not a weight of the model, or None."""
+        if self.family is None:
+            return None
+        block = block_of(name)
+        if self.family.support.next_tokens and block is not None:
+            prefix = f"{self.metadata.architecture}."
+            count = self.metadata.find_int(f"{prefix}nextn_predict_layers") or 0
+            if count and block >= self.metadata.need_int(f"{prefix}block_count") - count:
+                return "it predicts further tokens, which MLX's classes do not"
+        return setting_of(name)
+
+    def _join(self, whole: str, names: tuple[str, ...], table: Table) -> Iterator[_Part]:
+        """Tensors that are the rows of one, one after another."""
+        found = [table[name] for name in names if name in table]
+        entries = [entry for _, entry in found]
+        first = entries[0]
+        scaled = [f"{name.rpartition('.')[0]}{x}" for name in names for x in SCALES]
+        if (
+            len(found) < len(names)
+            or any(e.kind != first.kind or e.shape[1:] != first.shape[1:] for e in entries)
+            or any(name in table for name in scaled)
+        ):
+            stored = ", ".join(f"{e.name} {e.kind.name} {list(e.shape)}" for e in entries)
+            message = f"{stored}: expected {' and '.join(names)}, of one type and width, unscaled"
+            self.problems.append(Problem(f"{found[0][0]}: {first.name}", message))
+            return
+        rows = sum(entry.shape[0] for entry in entries)
+        nbytes = sum(entry.nbytes for entry in entries)
+        entry = TableEntry(whole, first.kind, (rows, *first.shape[1:]), first.offset, nbytes)
+        ranges = tuple(FileRange(file, e.offset, e.nbytes) for file, e in found)
+        yield _Part(entry, first.name, ranges)
+
+    def _ordered(self, part: _Part, file: str) -> _Part:
+        """A tensor with its rows in Hugging Face's order, as runs of bytes."""
+        assert self.family is not None
+        moves = self.family.moves_of(part.entry.name)
+        rows = part.entry.shape[0] if part.entry.shape else 0
+        if Move.VALUE_HEADS in moves:
+            runs = self._dealt_runs(rows)
+        elif Move.HEAD_GROUPS in moves:
+            runs = self._grouped_runs(rows)
+        else:
+            return part
+        if sum(size for _, size in runs) != rows:
+            message = f"has {pluralize(rows, 'row')}, which no heads of this model give"
+            self.problems.append(Problem(f"{file}: {part.entry.name}", message))
+            return part
+        cuts = [
+            _cut(part.entry, file, part.entry.name, axis=0, start=start, size=size)
+            for start, size in runs
+        ]
+        return replace(part, ranges=tuple(run for cut in cuts for run in cut.ranges))
+
+    def _value_heads(self) -> tuple[int, int]:
+        """Heads of keys of linear attention, and heads of values for each of them."""
+        prefix = f"{self.metadata.architecture}.ssm."
+        keys = self.metadata.need_int(f"{prefix}group_count")
+        values = self.metadata.need_int(f"{prefix}time_step_rank")
+        if values % keys:
+            message = f"is {values:,}, not a multiple of ssm.group_count, {keys:,}"
+            self.metadata.report(f"{prefix}time_step_rank", message)
+        return keys, max(values // keys, 1)
+
+    def _dealt_runs(self, rows: int) -> list[tuple[int, int]]:
+        """Start and length of runs of rows; the last of them are those of heads of values.
+
+        In the file the first value head of every key head comes first, then the second ones.
+        """
+        keys, each = self._value_heads()
+        inner = self.metadata.need_int(f"{self.metadata.architecture}.ssm.inner_size")
+        unit = 1 if rows == keys * each else inner // (keys * each)
+        start = rows - unit * keys * each
+        if start < 0:
+            return []
+        order = ((value * keys + key) for key in range(keys) for value in range(each))
+        heads = [(start + unit * head, unit) for head in order]
+        return [(0, start), *heads] if start else heads
+
+    def _grouped_runs(self, rows: int) -> list[tuple[int, int]]:
+        """Start and length of runs of rows: for each group its queries, key and value."""
+        prefix = f"{self.metadata.architecture}.attention.head_count"
+        heads = self.metadata.need_int(prefix)
+        groups = self.metadata.find_int(f"{prefix}_kv") or heads
+        if heads % groups or rows % (heads + 2 * groups):
+            return []
+        width, each = rows // (heads + 2 * groups), heads // groups
+        runs = []
+        for group in range(groups):
+            runs.append((group * each * width, each * width))
+            runs.append(((heads + group) * width, width))
+            runs.append(((heads + groups + group) * width, width))
+        return runs
+
+    def _shape_of(self, part: _Part, moves: tuple[Move, ...]) -> tuple[int, ...]:
+        """The shape in Hugging Face's terms."""
+        shape = part.entry.shape
+        if Move.ROW in moves and len(shape) == 1:
+            return (1, *shape)
+        changed = shape
+        if Move.CHANNELS in moves and part.entry.name.endswith(".weight"):
+            changed = (shape[0], 1, *shape[1:])
+        elif Move.FLAT in moves:
+            changed = (prod(shape),)
+        if changed != shape and not part.entry.kind.dtype:
+            message = f"{part.entry.kind.name} {list(shape)}, expected numbers, not blocks"
+            self.problems.append(Problem(part.name_in_file, message))
+            return shape
+        return changed
+
+    def _parts(self, entry: TableEntry, file: str, table: Table) -> Iterator[_Part]:
+        """A tensor, what it is fused of, or what it is a part of."""
+        joined, members = self.family.joined_of(entry.name) if self.family else ("", ())
+        if joined:
+            if entry.name == next(name for name in members if name in table):
+                yield from self._join(joined, members, table)
+            return
         names = self.family.fused_of(entry.name) if self.family else ()
         whole = _Part(entry, entry.name, (FileRange(file, entry.offset, entry.nbytes),))
+        rows = entry.shape[0] if entry.shape else 0
+        if self.family and (each := self.family.rows_of(entry.name, min(rows, _MAX_EXPERTS))):
+            for row, name in enumerate(each):
+                cut = _cut(entry, file, name, axis=0, start=row, size=1)
+                yield replace(cut, entry=replace(cut.entry, shape=entry.shape[1:]))
+            return
         if not names:
-            yield whole
+            yield self._ordered(whole, file) if self.family else whole
             return
         if entry.name.endswith(SCALES):  # one for all rows
             for name in names:
@@ -125,17 +246,25 @@ class Naming:
     def _describe(self, part: _Part, named: str) -> GgufTensor:
         entry, name = part.entry, part.name_in_file
         shape = entry.shape
-        if named.endswith("shared_expert_gate.weight") and len(shape) == 1:
-            shape = (1, *shape)  # the converter squeezes it
         if self.family is None or entry.name.endswith(SCALES):
             return GgufTensor(entry.kind, shape, name)
         heads = self.family.heads_of(entry.name, self.metadata)
+        moves = self.family.moves_of(entry.name)
+        shape = self._shape_of(part, moves)
         rows = shape[-2] if entry.name.endswith(".weight") and len(shape) > 1 else shape[-1]
         if heads and rows % (2 * heads):
             twice = f"no multiple of twice its {pluralize(heads, 'head')}"
             self.problems.append(Problem(name, f"has {pluralize(rows, 'row')}, {twice}"))
             heads = 0
-        return GgufTensor(entry.kind, shape, name, heads, self.family.is_shifted(named))
+        return GgufTensor(
+            entry.kind,
+            shape,
+            name,
+            heads,
+            is_shifted=self.family.is_shifted(entry.name),
+            is_exponential=Move.EXPONENTIAL in moves,
+            column_heads=self._value_heads() if Move.VALUE_COLUMNS in moves else (0, 0),
+        )
 
     def _check_scale(self, name: str, file: str, table: Table) -> None:
         """A scale belongs to a tensor, which it is multiplied with."""

@@ -25,7 +25,8 @@ from requant.checkpoints.safetensors_folder import read_config
 from requant.core.limits import MAX_SHARDS
 from requant.core.reasons import Note, NoteCode
 from requant.errors import CheckpointError, Problem
-from requant.gguf.architectures import Architecture, family_of
+from requant.gguf.architectures import Architecture
+from requant.gguf.families import family_of
 from requant.gguf.file_selection import PART, SUFFIX, WITHOUT
 from requant.gguf.header import Header, TableEntry, read_header
 from requant.gguf.metadata import Metadata

@@ -26,6 +26,11 @@ class Support:
     scalings: frozenset[str] = ALL_SCALINGS  # kinds of ``rope_scaling``
     head_dim: bool = True  # whether heads may be of another width than ``hidden_size`` gives
     partial_rotary: bool = False  # whether a part of a head may be left unrotated
+    next_tokens: bool = False  # whether the last blocks may be those that predict further tokens
+    positions: bool = True  # whether rope_theta and rope_scaling are those of other models
+    attention: bool = True  # whether there is attention at all
+    hybrid: bool = False  # whether blocks may be of several kinds
+    layer_norm: bool = False  # whether norms subtract the mean
 
 
 PLAIN = Support()
@@ -51,6 +56,12 @@ class Settings:
     def find_float(self, key: str) -> float | None:
         return self.metadata.find_float(self.prefix + key)
 
+    def need_float(self, key: str) -> float:
+        return self.metadata.need_float(self.prefix + key)
+
+    def layer_ints(self, key: str, blocks: int) -> list[int] | None:
+        return self.metadata.layer_ints(self.prefix + key, blocks)
+
     def flag(self, key: str) -> bool | None:
         return self.metadata.flag(self.prefix + key)
 
@@ -68,6 +79,26 @@ class Settings:
         found = (s for n, s in self.shapes.items() if n.startswith("blk.") and n.endswith(name))
         shape = next(found, None)
         return shape[-2] if shape is not None and len(shape) > 1 else None
+
+    def any_block_has(self, name: str) -> bool:
+        """Whether a block has a tensor of that name."""
+        return any(n.endswith(f".{name}") for n in self.shapes)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the model, without those that predict further tokens."""
+        return self.need_int("block_count") - self.next_tokens
+
+    @property
+    def next_tokens(self) -> int:
+        """Blocks at the end that predict further tokens."""
+        if not self.support.next_tokens:
+            return 0
+        found = self.find_int("nextn_predict_layers") or 0
+        if found >= self.need_int("block_count"):
+            self.report("nextn_predict_layers", f"is {found:,}, as many as there are blocks")
+            return 0
+        return found
 
     @property
     def stored_expert_width(self) -> int:

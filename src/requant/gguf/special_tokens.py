@@ -25,7 +25,11 @@ _ENDS = {
 _END_OF_TEXT = "</s>"
 # <|end|> ends one message of several where these are there too (gpt-oss, Solar Open).
 _MESSAGES = ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|call|>"}, {"<|flush|>", "<|calls|>"})
-_SENTENCEPIECE = {"bos": 1, "eos": 2, "unknown": 0}  # where a file names none
+_UNNAMED = {  # kind of vocabulary -> tokens where a file names none
+    "llama": {"bos": 1, "eos": 2, "unknown": 0},
+    "bert": {"cls": 101, "seperator": 102, "unknown": 100, "padding": 0, "mask": 103},
+    "t5": {"eos": 1, "unknown": 2, "padding": 0},
+}
 
 
 def token_kinds(metadata: Metadata) -> list[int]:
@@ -45,10 +49,13 @@ def _whole(found: np.ndarray) -> list[int]:
 
 
 def special_id(metadata: Metadata, part: str) -> int | None:
-    """The number of the token that plays a part: "bos", "eos", "eot", "unknown", "padding"."""
+    """The number of the token that plays a part: "bos", "eos", "eot", "unknown", "padding", ...
+
+    The part of a separator is "seperator": llama.cpp spells it so.
+    """
     number = metadata.find_int(f"tokenizer.ggml.{part}_token_id")
-    if number is None and metadata.word("tokenizer.ggml.model") == "llama":
-        number = _SENTENCEPIECE.get(part)
+    if number is None:
+        number = _UNNAMED.get(metadata.word("tokenizer.ggml.model"), {}).get(part)
     tokens = metadata.words("tokenizer.ggml.tokens")
     return None if number is None or (tokens and number >= len(tokens)) else number
 

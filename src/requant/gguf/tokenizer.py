@@ -1,7 +1,8 @@
-"""``tokenizer.json`` and ``tokenizer_config.json`` from a GGUF file's metadata.
+"""``tokenizer.json``, its settings and the chat template from a GGUF file's metadata.
 
-llama.cpp stores tokens, their kinds, and merges (byte-level BPE, "gpt2") or scores
-(SentencePiece BPE, "llama"). How a text is split before that is a name: ``tokenizer.ggml.pre``.
+llama.cpp stores tokens, their kinds, and merges (byte-level BPE, "gpt2"; "gemma4") or scores
+(SentencePiece BPE, "llama"; Unigram, "t5"), or neither (WordPiece, "bert"). How byte-level BPE
+splits a text before that is a name: ``tokenizer.ggml.pre``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from requant.gguf.generation import generation_config
 from requant.gguf.metadata import Metadata
 from requant.gguf.pretokenizers import SPLITTINGS, UNSAID, PreTokenizer, splitting_of
 from requant.gguf.special_tokens import (
@@ -20,10 +22,15 @@ from requant.gguf.special_tokens import (
     special_id,
     token_kinds,
 )
-from requant.text import format_value
+from requant.gguf.token_models import SPACE, gemma, unigram, word_piece, word_pieces
+from requant.text import format_value, join_or
 
 _TEMPLATE = "tokenizer.chat_template"
-_SPACE = "\u2581"  # SentencePiece's
+_PARTS = {  # name in tokenizer_config.json -> llama.cpp's
+    **{"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"},
+    **{"cls": "cls", "sep": "seperator", "mask": "mask"},
+}
+_KINDS = ("bert", "gemma4", "gpt2", "llama", "t5")
 
 Files = Mapping[str, Callable[[], bytes]]
 
@@ -38,18 +45,24 @@ def tokenizer_files(metadata: Metadata) -> tuple[Files, str]:
     tokens = metadata.words("tokenizer.ggml.tokens")
     if model in ("", "no_vocab", "none") or not tokens:
         return {}, "the file holds no tokenizer"
-    if model not in ("gpt2", "llama"):
-        return {}, f"its tokenizer is of kind {format_value(model)}, known are gpt2 and llama"
+    if model not in _KINDS:
+        return {}, f"its tokenizer is of kind {format_value(model)}, known are {join_or(_KINDS)}"
     pre = metadata.word("tokenizer.ggml.pre")
     splitting = splitting_of(pre) if model == "gpt2" else PreTokenizer()
     if splitting is None:
         rule, known = format_value(pre), ", ".join(sorted(SPLITTINGS))
         return {}, f"how its tokenizer splits words ({rule}) is not known; known are {known}"
     maker = _Tokenizer(metadata, model, splitting, tokens)
-    return {
+    files = {
         "tokenizer.json": lambda: _dump(maker.tokenizer()),
         "tokenizer_config.json": lambda: _dump(maker.config()),
-    }, ""
+    }
+    templates = chat_templates(metadata)
+    if templates and isinstance(templates, str):  # of several transformers would see this alone
+        files["chat_template.jinja"] = templates.encode
+    if settings := generation_config(metadata):
+        files["generation_config.json"] = lambda: _dump(settings)
+    return files, ""
 
 
 def guessed_splitting(metadata: Metadata) -> bool:
@@ -98,24 +111,35 @@ class _Tokenizer:
         self.metadata, self.model, self.tokens = metadata, model, tokens
         self.splitting = splitting
         self.types = token_kinds(metadata)
+        if model == "bert":
+            self.tokens = tuple(word_pieces(tokens, self.types))
 
     def _special(self, part: str) -> str | None:
-        """The token that plays a part: "bos", "eos", "unknown", "padding"."""
+        """The token that plays a part, as ``special_id`` calls it."""
         number = special_id(self.metadata, part)
         return None if number is None else self.tokens[number]
+
+    def _begins(self) -> str | None:
+        first = self._special("cls") if self.model == "bert" else None
+        return first or self._special("bos")
+
+    def _ends(self) -> str | None:
+        last = self._special("seperator") if self.model == "bert" else None
+        return last or self._special("eos")
 
     @property
     def adds_bos(self) -> bool:
         """Whether every text begins with the token for that."""
         declared = self.metadata.flag("tokenizer.ggml.add_bos_token")
         if declared is None:
-            return self.model == "llama" or self.splitting.adds_bos
+            return self.model in ("llama", "bert") or self.splitting.adds_bos
         return declared
 
     @property
     def adds_eos(self) -> bool:
         """Whether every text ends with the token for that."""
-        return self.metadata.flag("tokenizer.ggml.add_eos_token") or False
+        declared = self.metadata.flag("tokenizer.ggml.add_eos_token")
+        return self.model in ("bert", "t5") if declared is None else declared
 
     def config(self) -> dict[str, Any]:
         """``tokenizer_config.json``."""
@@ -125,7 +149,7 @@ class _Tokenizer:
             "add_bos_token": self.adds_bos,
             "add_eos_token": self.adds_eos,
         }
-        for name, part in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        for name, part in _PARTS.items():
             if (token := self._special(part)) is not None:
                 config[f"{name}_token"] = token
         length = self.metadata.find_int(f"{self.metadata.architecture}.context_length")
@@ -137,7 +161,11 @@ class _Tokenizer:
 
     def tokenizer(self) -> dict[str, Any]:
         """``tokenizer.json``."""
-        parts = self._byte_level() if self.model == "gpt2" else self._sentencepiece()
+        makers: dict[str, Callable[[], dict[str, Any]]] = {
+            **{"bert": self._word_piece, "gemma4": self._gemma, "gpt2": self._byte_level},
+            **{"llama": self._sentencepiece, "t5": self._unigram},
+        }
+        parts = makers[self.model]()
         limits = {"truncation": None, "padding": None}
         return {"version": "1.0", **limits, "added_tokens": self._added(), **parts}
 
@@ -157,8 +185,8 @@ class _Tokenizer:
         ]
 
     def _post_processor(self, otherwise: dict[str, Any] | None) -> dict[str, Any] | None:
-        begin = self._special("bos") if self.adds_bos else None
-        end = self._special("eos") if self.adds_eos else None
+        begin = self._begins() if self.adds_bos else None
+        end = self._ends() if self.adds_eos else None
         if begin is None and end is None:
             return otherwise
 
@@ -184,6 +212,19 @@ class _Tokenizer:
             return template
         return {"type": "Sequence", "processors": [otherwise, template]}
 
+    def _word_piece(self) -> dict[str, Any]:
+        made = word_piece(self.metadata, self._vocabulary(), self._special("unknown"))
+        return {"post_processor": self._post_processor(None), **made}
+
+    def _unigram(self) -> dict[str, Any]:
+        made = unigram(self.metadata, self.tokens, self.types)
+        return {"post_processor": self._post_processor(None), **made}
+
+    def _gemma(self) -> dict[str, Any]:
+        vocabulary = self._vocabulary()
+        made = gemma(vocabulary, self._merges(vocabulary), self._special("unknown"))
+        return {"post_processor": self._post_processor(None), **made}
+
     def _byte_level(self) -> dict[str, Any]:
         """Bytes as letters, merged in the order of the merges (GPT-2 and its heirs)."""
         options = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -195,8 +236,6 @@ class _Tokenizer:
         ]
         pieces.append({**level, "use_regex": self.splitting.then_gpt_2})
         vocabulary = self._vocabulary()
-        # A merge of what is not a token would stop the tokenizer from loading.
-        merges = [merge.split(" ", 1) for merge in self.metadata.words("tokenizer.ggml.merges")]
         return {
             "normalizer": {"type": "NFC"} if self.splitting.composed else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": pieces},
@@ -212,24 +251,22 @@ class _Tokenizer:
                 "byte_fallback": False,
                 "ignore_merges": self.splitting.whole_words_first,
                 "vocab": vocabulary,
-                "merges": [
-                    m for m in merges if len(m) == 2 and {*m, "".join(m)} <= vocabulary.keys()
-                ],
+                "merges": self._merges(vocabulary),
             },
         }
 
     def _sentencepiece(self) -> dict[str, Any]:
         """Letters, merged into the piece of the highest score; bytes for what is not a piece."""
         prefix = self.metadata.flag("tokenizer.ggml.add_space_prefix")
-        spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+        spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         normalizer = spaces
         decoders: list[dict[str, Any]] = [
-            {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
             {"type": "ByteFallback"},
             {"type": "Fuse"},
         ]
         if prefix is not False:
-            prepend = {"type": "Prepend", "prepend": _SPACE}
+            prepend = {"type": "Prepend", "prepend": SPACE}
             normalizer = {"type": "Sequence", "normalizers": [prepend, spaces]}
             decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         return {
@@ -260,6 +297,15 @@ class _Tokenizer:
         for number, token in enumerate(self.tokens):
             vocabulary.setdefault(token, number)
         return vocabulary
+
+    def _merges(self, vocabulary: dict[str, int]) -> list[list[str]]:
+        """The merges of tokens; others would stop the tokenizer from loading."""
+        found = (merge.partition(" ") for merge in self.metadata.words("tokenizer.ggml.merges"))
+        return [
+            [left, right]
+            for left, space, right in found
+            if space and {left, right, left + right} <= vocabulary.keys()
+        ]
 
     def _merges_by_score(self) -> list[list[str]]:
         """Every way in which two pieces make a third, the best third first."""
