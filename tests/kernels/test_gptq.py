@@ -179,7 +179,8 @@ def test_no_single_change_of_a_code_would_be_better() -> None:
     for direction in (-1, 1):
         change = direction * steps
         gained = change**2 * np.diagonal(hessian) - 2 * change * (e @ hessian)
-        within = (codes + direction >= 0) & (codes + direction <= 7)
+        moved = codes.astype(int) + direction
+        within = (moved >= 0) & (moved <= 7)
         assert gained[within].min() > -1e-9
 
 

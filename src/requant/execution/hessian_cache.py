@@ -39,7 +39,7 @@ class HessianCache:
 
 
 def bytes_for(n_in: int, keep: int, factorizations: int) -> int:
-    """Bytes for ``n_in`` inputs: two float32 matrices kept, and four float64 ones for each factored.
+    """Bytes for ``n_in`` inputs: two float32 matrices kept, four float64 ones while factored.
 
     ``keep`` and ``factorizations`` as ``HessianCache`` takes them.
     """

@@ -6,9 +6,9 @@ A layer's Hessian is the mean of ``x x^T`` over its inputs, ``(in_features, in_f
 their places, and the scale and bias of each are searched for on the repaired weights, so the
 result is plain affine.
 
-Then ``e H e^T``, the error of an output whose row of weights has the errors ``e``, is lowered group by
-group, all other groups as they are: scale and bias by least squares over the codes, and each code
-by itself, the others as they are. With ``g = e H`` a code that changes an error by ``-s`` changes
+Then ``e H e^T``, the error of an output whose row of weights has the errors ``e``, is lowered
+group by group, all other groups as they are: scale and bias by least squares over the codes, and
+each code by itself, the others as they are. With ``g = e H`` a code that changes an error by ``-s`` changes
 ``e H e^T`` by ``s^2 H[j, j] - 2 s g[j]``.
 """
 
@@ -42,8 +42,8 @@ class Compensation:
     # float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row j is the share
     # of input j's error that each later input takes.
     propagation: Array
-    # float32 ``(in_features, in_features)``, symmetric: the Hessian with the damping added, zeros for
-    # dead inputs.
+    # float32 ``(in_features, in_features)``, symmetric: the Hessian with the damping added, zeros
+    # for dead inputs.
     hessian: Array
     # float64 ``(in_features,)``: the Hessian's diagonal, which weights the search.
     importance: Array
