@@ -8,8 +8,8 @@ result is plain affine.
 
 Then ``e H e^T``, the error of an output whose row of weights has the errors ``e``, is lowered
 group by group, all other groups as they are: scale and bias by least squares over the codes, and
-each code by itself, the others as they are. With ``g = e H`` a code that changes an error by ``-s`` changes
-``e H e^T`` by ``s^2 H[j, j] - 2 s g[j]``.
+each code by itself, the others as they are. With ``g = e H`` a code that changes an error by
+``-s`` changes ``e H e^T`` by ``s^2 H[j, j] - 2 s g[j]``.
 """
 
 from __future__ import annotations
