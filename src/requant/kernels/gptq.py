@@ -169,10 +169,19 @@ def quantize(
         _native.gptq_group(*args, group_codes, errors)
         codes[:, start:stop] = group_codes
         scales[:, group], biases[:, group] = scale[:, 0], bias[:, 0]
-    args = w.astype(np.float32).view(np.uint32), group_size, bits, _SWEEPS
-    parts = codes, HEADER_NAME[w.dtype], as_unsigned(scales), as_unsigned(biases)
-    hessian = compensation.hessian.view(np.uint32)
-    _native.gptq_refine(*args, hessian, *parts, repaired.view(np.uint32), errors)
+    _native.gptq_refine(
+        w.astype(np.float32).view(np.uint32),
+        group_size,
+        bits,
+        _SWEEPS,
+        compensation.hessian.view(np.uint32),
+        codes,
+        HEADER_NAME[w.dtype],
+        as_unsigned(scales),
+        as_unsigned(biases),
+        repaired.view(np.uint32),  # no longer needed
+        errors,
+    )
     words = np.empty((rows, n_in * bits // 32), np.uint32)
     _native.pack_words(codes, bits, words)
     return QuantizedTensors(words, scales, biases)
