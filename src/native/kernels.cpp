@@ -35,6 +35,7 @@ using requant::Float8Blocks;
 using requant::FloatTensors;
 using requant::GgufBlocks;
 using requant::GptqGroup;
+using requant::GptqRefinement;
 using requant::IntegerCodes;
 using requant::LutBlocks;
 using requant::Matrix;
@@ -213,6 +214,15 @@ void gptq_group_dispatch(const GptqGroup& g) {
   gptq_group(g.w, g.rows, g.cols, g.start, g.size, g.bits, g.scales, g.biases, g.propagation, g.codes, g.errors);
 }
 
+void gptq_refine_dispatch(const GptqRefinement& x) {
+  with_dtype(x.dtype, [&](auto t) {
+    using T = typename decltype(t)::Type;
+    using Stored = typename T::Stored;
+    gptq_refine<T>(x.w, x.rows, x.cols, x.size, x.bits, x.sweeps, x.hessian, x.codes, static_cast<Stored*>(x.scales),
+                   static_cast<Stored*>(x.biases), x.gradients, x.changes);
+  });
+}
+
 void pack_words_dispatch(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words) {
   pack_codes(bits, codes, rows * cols, reinterpret_cast<uint8_t*>(words));
 }
@@ -362,7 +372,8 @@ const Kernels REQUANT_JOIN(kernels_, REQUANT_ISA) = {
     mx_quantize_dispatch,       mx_dequantize_dispatch,     nvfp4_quantize_dispatch,
     nvfp4_dequantize_dispatch,  affine_search_dispatch,     mx_search_dispatch,
     nvfp4_search_dispatch,      measure_dispatch<true>,     measure_codes_dispatch,
-    total_errors,               gptq_group_dispatch,        pack_words_dispatch,        unpack_words_dispatch,
+    total_errors,               gptq_group_dispatch,        gptq_refine_dispatch,
+    pack_words_dispatch,        unpack_words_dispatch,
     cast_dispatch,              count_nonfinite_dispatch,   first_nonfinite_dispatch,
     column_sums_dispatch,       weighted_errors_dispatch,   transpose_dispatch,
     stream_columns_dispatch,

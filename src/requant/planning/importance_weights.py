@@ -51,7 +51,7 @@ class WeightedSteps:
         compensated = {step.layer for step in self.steps if step.gptq}
         if compensated:
             held = pluralize(len(compensated), "layer")
-            text = f"Errors of {held} are propagated column by column (--gptq)."
+            text = f"Errors of {held} are propagated column by column, then refined (--gptq)."
             yield Note(NoteCode.GPTQ, text)
         for why in dict.fromkeys(self.gptq_skipped.values()):
             names = tuple(layer for layer, reason in self.gptq_skipped.items() if reason == why)
