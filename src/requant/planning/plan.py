@@ -34,7 +34,7 @@ class Operation(StrEnum):
     DECODE = "decode"  # codes, scales, biases -> dense rows
     RECODE = "recode"  # decode, then encode, without leaving the worker
     REPACK = "repack"  # codes of another layout -> MLX's words, scales, biases
-    EXPORT = "export"  # MLX's scales and biases -> a tensor of another format
+    EXPORT = "export"  # words, scales and biases -> a tensor of another format
 
 
 class Treatment(StrEnum):
@@ -200,6 +200,8 @@ class Step:
             held += packing.scratch_row_bytes
         elif packing is not None:
             held += packing.scratch_value_bytes * self.rows.columns
+            if self.operation is Operation.EXPORT:
+                held += packing.scratch_row_bytes
         if self.measures_rounding:  # the outputs again, with scales and biases in float32
             held += 2 * sum(self.row_bytes(t) for t in self.outputs.values())
         if self.gptq:
