@@ -1,4 +1,4 @@
-"""``export``: an MLX folder becomes a folder of another tool, with the same codes.
+"""``export``: a quantized checkpoint becomes a folder of another tool, with the same codes.
 
 The stages are those of ``convert``: plan, run, publish.
 """
@@ -42,19 +42,22 @@ def export(
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
-    """Write an MLX folder in the format of another tool; its codes and scales stay as they are.
+    """Write a quantized checkpoint in the format of another tool; its codes stay as they are.
 
-    Affine layers of 4 and 8 bits become ``weight_packed``, ``weight_scale`` and, where a zero point
-    is not in the middle, ``weight_zero_point``. A layer is ``exact`` where ``-zero * scale``,
-    rounded to the dtype of the scales, is each of its biases, and ``rounded`` where the two differ
-    by one rounding. Embeddings, output heads and routers are written dense.
+    An affine layer needs integer zero points: it is ``exact`` where ``-zero * scale``, rounded to
+    the dtype of the scales, is each of its biases, and ``rounded`` where the two differ by one
+    rounding, or where the format's dtype rounds scales. Layers of the modes mxfp4, mxfp8 and nvfp4
+    are moved as they are. Embeddings, output heads and routers are written dense.
 
     Args:
-        source: MLX folder; it is never modified.
+        source: MLX folder, or a checkpoint of any format that ``convert`` takes; it is never
+            modified.
         output: Folder to write; it appears only when complete.
-        to: The format: "compressed-tensors".
+        to: The format: "compressed-tensors" (4 and 8 bits, mxfp4, mxfp8, nvfp4), "gptq" (2, 3, 4
+            and 8 bits), "awq" (4 bits), or compressed-tensors with nothing but "mxfp4" or "nvfp4".
         otherwise: What becomes of a layer that the format cannot hold with its codes: "refuse"
-            raises an error that lists all of them, "dense" decodes it.
+            raises an error that lists all of them, "widen" writes the same codes in more bits where
+            the format has them, "dense" decodes it.
         force: Replace an existing output.
         resume: Resume the same export after a stop; False starts over.
         max_memory: Most bytes to hold in memory.

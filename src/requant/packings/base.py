@@ -241,6 +241,8 @@ class IntegerPacking(Packing):
     symmetric: bool
     scale_dtype: str  # header name of the stored scales
 
+    # whether ``scales`` rounds: scales that are computed from what is stored
+    computes_scales: ClassVar[bool] = False
     # roles of codes and of their order, from which no scale and no zero is made
     code_roles: ClassVar[tuple[str, ...]] = (
         *("qweight", "weight_packed", "weight", "g_idx", "weight_g_idx", "W_q", "B"),

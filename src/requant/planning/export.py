@@ -20,7 +20,7 @@ from requant.formats.base import describe_encoding
 from requant.formats.quantization_block import without_blocks
 from requant.formats.stale_blocks import read_source
 from requant.layouts.head_names import find_pair, flags, is_head
-from requant.packings.base import EXACT, Exactness, Fidelity, rounded
+from requant.packings.base import EXACT, Exactness, Fidelity, IntegerPacking, rounded
 from requant.packings.zero_points import ZeroPoints
 from requant.planning.export_compressed_tensors import COMPRESSED_TENSORS, MXFP4, NVFP4
 from requant.planning.export_gptq_awq import AWQ, GPTQ
@@ -30,6 +30,7 @@ from requant.planning.plan import LayerPlan, Plan, Step, Treatment
 from requant.planning.plan_source import PlanSource
 from requant.planning.planner import Planned
 from requant.planning.shard_layout import assign_offsets
+from requant.planning.steps import fidelity as step_fidelity
 from requant.planning.steps import layer_steps
 from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.export_options import ExportFormat, ExportOptions, Otherwise
@@ -109,10 +110,7 @@ def plan_export(
 
 _MLX_NAMES: Final = ("mlx", "metal")  # formats of folders with names of MLX's classes
 _WITHOUT_CODES: Final = ("dense",)
-_ADVICE = (
-    "--otherwise widen writes the codes in more bits where the format has them and they fit, "
-    "--otherwise dense decodes such layers"
-)
+_ADVICE = "--otherwise widen takes more bits where the format has them, --otherwise dense decodes"
 _DENSE_ADVICE = "requant convert SOURCE OUTPUT --dequantize makes a dense folder"
 
 
@@ -154,8 +152,9 @@ class _Decider:
             return _Decision(layer, None, Reason(ReasonCode.DENSE_FOR_READERS, why))
         codes = layer.encoding
         if codes is None or layer.rotation_tensors:
-            stored = f"{layer.stored_as}, whose codes no mode of MLX holds"
-            return self._not_held(layer, stored)
+            known = layer.policy.reason
+            text = "its codes are none of MLX's" if known is None else known.text
+            return self._not_held(layer, f"{layer.stored_as}: {text}")
         if len(layer.shape) != 2:
             stack = f"a stack of matrices, {list(layer.shape)}, which the format stores one by one"
             return self._not_held(layer, stack)
@@ -222,7 +221,9 @@ def _fidelity(held: HeldLayer) -> Fidelity:
         digit = 10.0 ** floor(log10(zeros.max_steps))
         bound = f"{ceil(zeros.max_steps / digit) * digit:.1g}"
         bounds.append(f"biases become -zero * scale, which differs by at most {bound} steps")
-    if zeros.scales_rounded:
+    packing = held.layer.packing
+    computed = isinstance(packing, IntegerPacking) and packing.computes_scales
+    if zeros.scales_rounded or computed:
         bounds.append(rounded("scales", held.scale_dtype).bound)
     if "global_scale" in held.layer.parts:
         bounds.append("tensor scale: 1/8388608 (float32) of itself")
@@ -284,6 +285,8 @@ def _layer_plan(decision: _Decision, steps: list[Step], options: ExportOptions) 
         described = f"{options.to} {_described(held.written, options.to)}"
     elif layer.is_quantized:
         fidelity = rounded("values", layer.dtype)
+    else:
+        fidelity = step_fidelity(steps[0])
     return LayerPlan(
         layer=layer.path,
         shape=layer.shape,
