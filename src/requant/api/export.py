@@ -21,9 +21,10 @@ from requant.output.folder import OutputFolder
 from requant.output.preflight import check_place
 from requant.output.record import read_record
 from requant.planning.export import plan_export
+from requant.planning.export_gguf import model_name, plan_gguf
 from requant.planning.plan import Plan
 from requant.planning.planner import Planned
-from requant.quantization.export_options import EXPORT, ExportOptions, split_export
+from requant.quantization.export_options import EXPORT, ExportFormat, ExportOptions, split_export
 from requant.quantization.options import ConvertOptions, RunOptions
 from requant.reports.report import Report
 from requant.sources.open import read_checkpoint
@@ -121,15 +122,17 @@ def plan_folder(source: Source | Checkpoint, options: ExportOptions) -> Planned:
     Raises:
         UsageError: The source is a repository on the hub.
     """
-    if isinstance(source, Checkpoint):
-        return plan_export(source, options, keeps_names=_has_own_names(source.path))
-    if is_repository_id(source):
+    if not isinstance(source, Checkpoint) and is_repository_id(source):
         name = shlex.quote(os.fspath(source))
         raise UsageError(
             f"{os.fspath(source)}: export reads folders: hf download {name} --local-dir FOLDER, "
             "then requant export FOLDER OUTPUT"
         )
-    return plan_export(read_checkpoint(source), options, keeps_names=_has_own_names(Path(source)))
+    opened = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    if options.to is ExportFormat.GGUF:
+        return plan_gguf(opened, options, model_name(opened.source.resolve(), opened.config))
+    place = opened.path if isinstance(source, Checkpoint) else Path(source)
+    return plan_export(opened, options, keeps_names=_has_own_names(place))
 
 
 def _has_own_names(folder: Path) -> bool:

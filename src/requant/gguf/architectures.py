@@ -96,6 +96,8 @@ SCALES = (".scale", ".input_scale")
 """Endings of the factors of a tensor's values, or of its input."""
 _SUFFIX = r"(weight|bias|scale|input_scale)"
 _BLOCK = re.compile(rf"blk\.(\d{{1,6}})\.([a-z_]+)(?:\.(\d{{1,6}}))?\.{_SUFFIX}")
+_HF_BLOCK = re.compile(r"model\.layers\.(\d{1,6})\.(.+)")
+_NO_SUFFIX = (".sinks",)  # ends of Hugging Face's names that no ``.weight`` follows
 _TOP_NAME = re.compile(rf"([a-z_]+)\.{_SUFFIX}")
 # What is computed from settings that the config has: name -> where it goes.
 _SETTINGS = {
@@ -136,6 +138,21 @@ class Architecture:
         if found and found[1] in _TOP:
             return f"{_TOP[found[1]]}.{found[2]}"
         return None
+
+    def gguf_name_of(self, name: str) -> str | None:
+        """The name in files of a tensor by Hugging Face's name; the inverse of ``name_of``."""
+        path, _, suffix = name.rpartition(".")
+        if f".{suffix}" in _NO_SUFFIX:
+            path, suffix = name, "weight"
+        top = next((role for role, known in _TOP.items() if known == path), None)
+        if top is not None:
+            return f"{top}.{suffix}"
+        found = _HF_BLOCK.fullmatch(path)
+        if found is None or suffix not in ("weight", "bias"):
+            return None
+        # Of two roles with one path the later is this architecture's own.
+        roles = [role for role, known in self.blocks.items() if known == found[2]]
+        return f"blk.{int(found[1])}.{roles[-1]}.{suffix}" if roles else None
 
     def fused_of(self, name: str) -> tuple[str, ...]:
         """The names that the parts of a fused tensor would have; none of any other."""
@@ -258,3 +275,16 @@ def family_of(metadata: Metadata) -> Architecture | None:
     if name == "olmo2" and metadata.find_int("olmo2.attention.sliding_window"):
         return _OLMO_3_FAMILY
     return _FAMILIES.get(name)
+
+
+def written_family_of(model_type: str) -> tuple[str, Architecture] | None:
+    """``general.architecture`` and the family of a ``model_type``; None if it is not known."""
+    special = {
+        "mistral": ("llama", _FAMILIES["llama"]),
+        "mixtral": ("llama", _MIXTRAL_FAMILY),
+        "olmo3": ("olmo2", _OLMO_3_FAMILY),
+    }
+    if model_type in special:
+        return special[model_type]
+    found = (pair for pair in _FAMILIES.items() if pair[1].model_type == model_type)
+    return next(found, None)

@@ -126,7 +126,7 @@ class CodedMatrix:
         return zeros.astype(np.uint8)
 
 
-class _Written(Packing):
+class Written(Packing):
     """A packing that is only written: there is nothing to decode."""
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
@@ -134,7 +134,7 @@ class _Written(Packing):
 
 
 @dataclass(frozen=True)
-class Shape(_Written):
+class Shape(Written):
     """int64 ``[2]``: outputs and inputs. Its one row needs no data."""
 
     shape: tuple[int, int]
@@ -150,7 +150,7 @@ class Shape(_Written):
 
 
 @dataclass(frozen=True)
-class GroupIndex(_Written):
+class GroupIndex(Written):
     """``g_idx`` int32 ``[in]``: the group of each input, one after another."""
 
     columns: int  # inputs
@@ -166,7 +166,7 @@ class GroupIndex(_Written):
 
 
 @dataclass(frozen=True)
-class TensorScale(_Written):
+class TensorScale(Written):
     """float32 ``[1]``: what the scales of an NVFP4 matrix are divided by.
 
     MLX multiplies them with ``global_scale / 2688``, if there is one (``GlobalScales``).
@@ -188,7 +188,7 @@ class TensorScale(_Written):
 
 
 @dataclass(frozen=True)
-class _OfMatrix(_Written):
+class _OfMatrix(Written):
     """A tensor whose rows are made from windows of a matrix."""
 
     scratch_value_bytes: ClassVar[int] = 16  # of a number in a row: integers, and float32
@@ -219,7 +219,7 @@ class _OfMatrix(_Written):
         return made.packing.scratch_row_bytes + row * made.out_features // max(self.rows, 1)
 
 
-class _ByOutputs(_OfMatrix):
+class ByOutputs(_OfMatrix):
     """A tensor whose rows are outputs."""
 
     @property
@@ -234,7 +234,7 @@ class _ByOutputs(_OfMatrix):
         return Window((start, stop), (0, self.matrix.in_features))
 
 
-class RowWords(_ByOutputs):
+class RowWords(ByOutputs):
     """Words ``[out, in * bits / 32]`` as MLX has them, under any integer dtype."""
 
     _roles: ClassVar[tuple[str, ...]] = ("weight", "scales", "biases")
@@ -250,7 +250,7 @@ class RowWords(_ByOutputs):
         target[:] = np.ascontiguousarray(words).view(target.dtype)
 
 
-class RowScales(_ByOutputs):
+class RowScales(ByOutputs):
     """Scales ``[out, groups]``, rounded to the dtype of the tensor; bytes as they are."""
 
     @property

@@ -11,6 +11,7 @@ from requant.checkpoints.checkpoint import Checkpoint, ComputedTensor, SourceTen
 from requant.core.dtypes import NUMPY_DTYPE
 from requant.formats import SourceLayer
 from requant.packings.base import Array, IntegerPacking, Rect
+from requant.packings.half_groups import HalfGroups, examine_halves
 from requant.packings.zero_points import ZeroPoints, examine_zeros
 
 _BLOCK_VALUES = 1 << 20  # scales, and as many biases, that are held at a time
@@ -34,10 +35,22 @@ def read_zeros(source: Checkpoint, layer: SourceLayer, written: str) -> ZeroPoin
     """
     assert layer.encoding is not None
     bits, dtype, found = layer.encoding.bits, stored_scale_dtype(layer), ZeroPoints()
-    blocks = _stored(source, layer) if layer.packing is None else _repacked(source, layer)
-    for scales, biases in blocks:
+    for scales, biases in group_blocks(source, layer):
         found = found.merged(examine_zeros(scales, biases, bits, dtype, written))
     return found
+
+
+def read_halves(source: Checkpoint, layer: SourceLayer) -> HalfGroups:
+    """Read how well float16 numbers describe the scales and biases of an affine layer."""
+    found = HalfGroups()
+    for scales, biases in group_blocks(source, layer):
+        found = found.merged(examine_halves(scales, biases))
+    return found
+
+
+def group_blocks(source: Checkpoint, layer: SourceLayer) -> Iterator[tuple[Array, Array]]:
+    """The scales and biases of an affine layer, block by block; of a packed one in float32."""
+    return _stored(source, layer) if layer.packing is None else _repacked(source, layer)
 
 
 def _stored(source: Checkpoint, layer: SourceLayer) -> Iterator[tuple[Array, Array]]:

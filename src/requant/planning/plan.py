@@ -258,10 +258,11 @@ class OutputShard:
     # The header's ``format``: "mlx" for names of an MLX class, "pt" for those of PyTorch. Loaders
     # in Swift do not rename, transpose or shift tensors of "mlx".
     names_of: str = "mlx"
+    lead: bytes = b""  # all before the data in a file that is not safetensors; else empty
 
     def header(self) -> bytes:
-        """The safetensors header, length prefix included."""
-        return _header(self.tensors, self.names_of)[0]
+        """The safetensors header, length prefix included; of another file all before its data."""
+        return self.lead or _header(self.tensors, self.names_of)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +313,11 @@ class Plan:
     repository: tuple[str, str] | None = None
     side_bytes: int = 0
     intermediates: Mapping[str, Step] = field(default_factory=dict)
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the output is a file, the only shard, and no folder."""
+        return any(shard.lead for shard in self.shards)
 
     @property
     def parameters(self) -> int:
@@ -402,6 +408,8 @@ def _hash(content: Mapping[str, Any]) -> str:
 def _shard_dict(shard: OutputShard) -> dict[str, Any]:
     tensors = [as_data(tensor) for tensor in shard.tensors]
     names = {} if shard.names_of == "mlx" else {"names_of": shard.names_of}
+    if shard.lead:
+        names["lead"] = hashlib.sha256(shard.lead).hexdigest()
     return {"name": shard.name, "nbytes": shard.nbytes, "tensors": tensors, **names}
 
 

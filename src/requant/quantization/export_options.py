@@ -18,6 +18,7 @@ class ExportFormat(StrEnum):
     AWQ = "awq"
     MXFP4 = "mxfp4"
     NVFP4 = "nvfp4"
+    GGUF = "gguf"
 
 
 class Otherwise(StrEnum):
