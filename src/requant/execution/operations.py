@@ -271,7 +271,8 @@ def _run_packed(
     results = outputs
     if step.operation is Operation.EXPORT:
         packing.repack(inputs, *rows, outputs, buffers)
-        return LayerStats()
+        error, size = packing.squared_errors(inputs, *rows, outputs, buffers)
+        return LayerStats(squared_error=error, squared_values=size)
     if decodes_rows(step):
         stored = inputs["weight"].view(np.uint8)
         blocks = packing.block_scales(inputs, rows[0])

@@ -179,22 +179,32 @@ def _sentencepiece(described: _Described, tokens: list[str], types: list[int]) -
             scores[number] = -float(ranks.get(token, len(ranks)))
     if merges_by_score(tokens, types, scores.tolist()) != merges:
         raise NotWritable("has merges in an order that no scores of its pieces give")
-    prefix = _SPACE in json.dumps(
-        [_of_type(described.tokenizer.get("normalizer"), "Prepend")], ensure_ascii=False
-    )
     return {
         **_common("llama", "default", tokens, types),
         "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.add_space_prefix": prefix,
+        "tokenizer.ggml.add_space_prefix": _adds_space(described),
     }
 
 
-def _of_type(part: Mapping[str, Any] | None, kind: str) -> list[Any]:
-    """The parts of a normalizer that are of a kind."""
-    if not part:
-        return []
-    parts = part.get("normalizers", [part])
-    return [x for x in parts if x.get("type") == kind]
+def _adds_space(described: _Described) -> bool:
+    """Whether a text begins with a space.
+
+    Raises:
+        NotWritable: Texts are changed or split in another way than SentencePiece does it.
+    """
+    adds = False
+    for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        given = described.tokenizer.get(key) or {}
+        for part in given.get(inner, [given]) if given else ():
+            kind = part.get("type")
+            pattern = (part.get("pattern") or {}).get("String")
+            if kind == "Prepend" and part.get("prepend") == _SPACE:
+                adds = True
+            elif kind == "Metaspace":
+                adds = part.get("prepend_scheme", "always") != "never"
+            elif kind not in ("Replace", "Split") or pattern != " ":
+                raise NotWritable(f"has the {key} {format_value(kind)}, which files cannot say")
+    return adds
 
 
 def _special(
@@ -206,10 +216,11 @@ def _special(
     for name, part in _PARTS.items():
         token = described.settings.get(f"{name}_token")
         text = token.get("content") if isinstance(token, Mapping) else token
-        number = places.get(text) if isinstance(text, str) else None
+        number: Any = places.get(text) if isinstance(text, str) else None
         if number is None:
-            given = config.get(f"{name}_token_id")
-            number = given[0] if isinstance(given, list) and given else given
+            number = config.get(f"{name}_token_id")
+        if isinstance(number, list) and number:
+            number = number[0]
         if isinstance(number, int) and 0 <= number < len(tokens):
             found[f"tokenizer.ggml.{part}_token_id"] = number
     first, last = _ends(described)

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from requant.errors import InvariantError
 from requant.kernels import cast as values
 from requant.kernels import quantize as native
-from requant.kernels.gguf import BY_NAME, BlockType, values_into
+from requant.kernels.gguf import BY_NAME, TYPES, BlockType, values_into
 from requant.packings.base import Array, Packing, Parts, Rect, Scratch, Triple, WrappedPacking
 from requant.packings.exported import ByOutputs, Written
 from requant.packings.zero_points import integer_zeros
@@ -64,7 +64,7 @@ class BlockRows(ByOutputs):
     @property
     def kind(self) -> BlockType:
         """The type of the blocks."""
-        return next(x for x in BY_NAME.values() if x.number == self.type_number)
+        return TYPES[self.type_number]
 
     @property
     def columns(self) -> int:  # type: ignore[override]
@@ -194,13 +194,16 @@ class EncodedRows(_OfRows):
         wide = self.values(parts, start, stop, scratch).reshape(stop - start, -1, BLOCK)
         out["weight"][:] = encoded(wide).reshape(stop - start, -1)
 
-    def error(self, parts: Parts, start: int, stop: int, blocks: Array, scratch: Scratch) -> Any:
-        """Sums of the squared errors and squared values of rows."""
+    def squared_errors(
+        self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch
+    ) -> tuple[float, float]:
+        """Those of the blocks, in float32."""
         wide = self.values(parts, start, stop, scratch)
         found = np.empty(wide.shape, np.float32)
-        values_into(BY_NAME["Q8_0"], blocks, found)
+        values_into(BY_NAME["Q8_0"], out["weight"], found)
         found -= wide
-        return [float(np.einsum("ij,ij->", x, x, dtype=np.float64)) for x in (found, wide)]
+        error, size = (float(np.einsum("ij,ij->", x, x, dtype=np.float64)) for x in (found, wide))
+        return error, size
 
 
 def encoded(rows: Array) -> Array:

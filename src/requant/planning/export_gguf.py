@@ -21,7 +21,7 @@ from requant.formats import SourceLayer
 from requant.formats.base import describe_encoding
 from requant.formats.stale_blocks import read_source
 from requant.formats.widening import stored_rows
-from requant.gguf.architectures import Architecture, setting_of, written_family_of
+from requant.gguf.architectures import Architecture, written_family_of
 from requant.gguf.config_metadata import WRITTEN, Described, describe
 from requant.gguf.tokenizer_metadata import (
     SETTINGS,
@@ -273,12 +273,7 @@ class _Export:
                 return message
             best = groups.best(codes.bits)
             if best is None:
-                types = (
-                    "Q8_0, whose codes are signed and have no bias"
-                    if codes.bits > 5
-                    else ("float16, in which blocks have scales and biases")
-                )
-                return f"its {codes.bits}-bit groups do not fit {types}"
+                return _why_no_type(codes.bits)
             kind, steps = best
             if steps:
                 bound = (
@@ -298,8 +293,6 @@ class _Export:
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         described, problems = describe(self.source.config, self.architecture, self.family, shapes)
         self.problems += problems
-        for factor in described.factors:
-            assert setting_of(factor) is not None
         return self._values(tensors, described, name), described.factors
 
     def _values(self, tensors: list[_Tensor], described: Described, name: str) -> dict[str, Value]:
@@ -355,6 +348,15 @@ class _Export:
             dtype=tensor.info.dtype,
             packing=packing,
         )
+
+
+def _why_no_type(bits: int) -> str:
+    if bits > 5:
+        return (
+            f"its {bits}-bit groups have biases; Q8_0 has none, and holds codes whose zero point "
+            "is a whole number that leaves them between -128 and 127"
+        )
+    return f"its {bits}-bit groups have scales or biases beyond float16, in which blocks have them"
 
 
 def _constant(name: str, numbers: tuple[float, ...]) -> Step:
