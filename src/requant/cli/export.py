@@ -55,11 +55,12 @@ def export(
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
-    """Write a quantized checkpoint in another tool's format, with its codes.
+    """Write a quantized checkpoint in another tool's format.
 
-    The scales and biases of every layer are read first: a layer is exact where the format's
-    integer zero points give each bias, rounded where the two differ by one rounding. Embeddings,
-    output heads and routers are written dense. Stopped, the same command resumes.
+    Codes and scales stay as they are. The scales and biases of every layer are read first:
+    a layer is exact where the format's integer zero points give each bias, rounded where the
+    two differ by one rounding. Embeddings, output heads and routers are written dense.
+    Stopped, the same command resumes.
 
     \b
     Examples:

@@ -48,7 +48,6 @@ class CodedMatrix:
     in_features: int
     encoding: Quantization
     packing: Packing | None = None
-    first_row: int = 0
 
     @property
     def groups(self) -> int:
@@ -63,12 +62,8 @@ class CodedMatrix:
     def rects(self, window: Window, *roles: str) -> dict[str, Rect]:
         """The rectangles of the parts from which ``roles`` of a window are made."""
         if self.packing is not None:
-            return self.packing.required_rects(*self._rows(window))
+            return self.packing.required_rects(*window.outputs)
         return {role: Rect(window.outputs, self._columns(window, role)) for role in roles}
-
-    def _rows(self, window: Window) -> tuple[int, int]:
-        start, stop = window.outputs
-        return self.first_row + start, self.first_row + stop
 
     def _columns(self, window: Window, role: str) -> tuple[int, int]:
         """The columns of a tensor of MLX's that hold these inputs."""
@@ -93,7 +88,7 @@ class CodedMatrix:
                 made[role] = scratch.take(f"made {role}", "F32", rows, 4 * self.groups)
         else:
             made["scales"] = scratch.take("made scales", "U8", rows, self.groups)
-        self.packing.repack(parts, *self._rows(window), made, scratch)
+        self.packing.repack(parts, *window.outputs, made, scratch)
         return {role: x[:, slice(*self._columns(window, role))] for role, x in made.items()}
 
     def words(self, parts: Parts, window: Window, scratch: Scratch) -> Array:
@@ -172,19 +167,17 @@ class TensorScale(_Written):
     MLX multiplies them with ``global_scale / 2688``, if there is one (``GlobalScales``).
     """
 
-    number: int | None  # of the matrix in MLX's ``global_scale``; None where there is none
+    has_scale: bool  # whether there is a ``global_scale``
     rows: int = 1
     columns: int = 1
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        if self.number is None:
-            return {}
-        return {"global_scale": Rect((0, 1), (self.number, self.number + 1))}
+        return {"global_scale": Rect((0, 1), (0, 1))} if self.has_scale else {}
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Fill ``out["weight"]`` with the number."""
         largest = np.float32(2688)
-        out["weight"][:] = 1 if self.number is None else largest / parts["global_scale"]
+        out["weight"][:] = largest / parts["global_scale"] if self.has_scale else 1
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class ZeroPoints:
         lowest: The lowest zero point of those on the grid; infinity of none.
         highest: The highest one.
         nonfinite: Scales and biases that are NaN or infinite.
-        overflowed: Scales that are no finite numbers of the dtype in which they are written.
+        overflowed: Scales that are beyond the range of the dtype in which they are written.
         scales_rounded: Further scales that this dtype rounds.
     """
 

@@ -13,12 +13,13 @@ from math import ceil, floor, log10
 from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint
-from requant.core.reasons import Reason, ReasonCode
+from requant.core.reasons import NoteCode, Reason, ReasonCode
 from requant.errors import CheckpointError, Problem
 from requant.formats import SourceLayer
 from requant.formats.base import describe_encoding
 from requant.formats.quantization_block import without_blocks
 from requant.formats.stale_blocks import read_source
+from requant.layouts.expert_names import EXPERT_NAMES, split_stacks
 from requant.layouts.head_names import find_pair, flags, is_head
 from requant.packings.base import EXACT, Exactness, Fidelity, IntegerPacking, rounded
 from requant.packings.zero_points import ZeroPoints
@@ -88,12 +89,16 @@ def plan_export(
     problems = list(layout.problems)
     if not problems and read.format in _WITHOUT_CODES:
         problems.append(_no_codes(source))
+    if not problems:
+        notes = (note for note in source.notes if note.code in _OTHER_NAMES)
+        problems += [Problem(str(source.source), note.text) for note in notes]
     if not problems and read.format in _MLX_NAMES and not keeps_names:
         problems += _other_names(source)
     if problems:
         raise CheckpointError(str(source.source), problems, "exported")
     decide = _Decider(source, FORMATS[options.to], options.otherwise)
-    decisions = [decide(layer) for layer in layout.layers]
+    split = split_stacks(layout.layers, source.config)
+    decisions = [decide(layer) for layer in split]
     for decision in decisions:
         code = None if decision.reason is None else decision.reason.code
         if code is ReasonCode.NOT_IN_FORMAT and options.otherwise is not Otherwise.DENSE:
@@ -110,6 +115,8 @@ def plan_export(
 
 _MLX_NAMES: Final = ("mlx", "metal")  # formats of folders with names of MLX's classes
 _WITHOUT_CODES: Final = ("dense",)
+# Notes on GGUF files whose tensors keep names that only llama.cpp knows.
+_OTHER_NAMES: Final = (NoteCode.UNKNOWN_ARCHITECTURE, NoteCode.UNKNOWN_TENSOR_NAMES)
 _ADVICE = "--otherwise widen takes more bits where the format has them, --otherwise dense decodes"
 _DENSE_ADVICE = "requant convert SOURCE OUTPUT --dequantize makes a dense folder"
 
@@ -125,12 +132,13 @@ def _no_codes(source: Checkpoint) -> Problem:
 def _other_names(source: Checkpoint) -> Iterator[Problem]:
     """The problem of a model whose tensors may be other ones in mlx-lm than in transformers."""
     kind = source.config.get("model_type")
-    if kind not in SAME_NAMES:
+    known = sorted({*SAME_NAMES, *EXPERT_NAMES})
+    if kind not in known:
         yield Problem(
             "config.json: model_type",
             f"is {kind!r}, whose tensors mlx-lm may rename, stack or change, and export does not "
-            f"undo that yet; known to be equal are {', '.join(sorted(SAME_NAMES))}. Of another "
-            "model, convert the original with --layout keep, then export the result",
+            f"undo that yet; known are {', '.join(known)}. Of another model, "
+            "convert the original with --layout keep, then export the result",
         )
 
 
@@ -164,7 +172,7 @@ class _Decider:
         if codes.mode is QuantMode.AFFINE and self.target.integer_zeros:
             zeros = read_zeros(self.source, layer, written)
             self._check_finite(layer, zeros, written)
-        held = HeldLayer(layer, codes, codes, written, zeros, (layer.path,))
+        held = HeldLayer(layer, codes, codes, scale_dtype=written, zeros=zeros)
         why = self.target.why_not(codes, layer.shape) or _why_no_zeros(zeros, codes.bits)
         if not why:
             return _Decision(layer, held)
