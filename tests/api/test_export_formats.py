@@ -133,6 +133,22 @@ def test_fixtures_come_back(name: str, through_mlx: bool, tmp_path: Path) -> Non
             assert same_bits(written[key], expected), key
 
 
+@pytest.mark.parametrize(
+    ("name", "to"), [("gguf-q8_0", "gptq"), ("gptq-b4-g64-asym-v1", "awq"), ("bnb-nf4", "gptq")]
+)
+def test_exports_are_verified(name: str, to: str, tmp_path: Path) -> None:
+    """``verify`` repeats an export of any source, and finds a byte that changed."""
+    source, output = source_of(name), tmp_path / "out"
+    requant.export(source, output, to=to, otherwise="widen")
+    assert requant.verify(source, output).problems == ()
+    with (output / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read()[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    assert requant.verify(source, output).problems
+
+
 @pytest.mark.parametrize("to", INTEGERS)
 @pytest.mark.parametrize("max_memory", [None, 84_200_000])  # one chunk, and a few rows each
 def test_mlx_round_trip(to: str, max_memory: int | None, tmp_path: Path) -> None:
@@ -331,3 +347,32 @@ def test_experts_of_mlx_lm(to: str, tmp_path: Path) -> None:
         assert same_bits(back[name], before[name]), name
         scales = name.replace("weight", "scales")
         assert same_bits(back[scales], before[scales]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("gguf-q4_1", "compressed-tensors"),
+        ("hqq-b4-g64", "gptq"),
+        ("bnb-nf4", "compressed-tensors"),
+        ("gptq-b4-g64-actorder-v1", "gptq"),
+        ("ct-mxfp4-pack", "gptq"),
+    ],
+)
+def test_codes_that_are_made_again(name: str, to: str, tmp_path: Path) -> None:
+    """With widen, layers whose codes do not fit get 8 bits, and the report has their error."""
+    source = source_of(name)
+    with pytest.raises(requant.CheckpointError, match="--otherwise widen"):
+        requant.export(source, tmp_path / "out", to=to)
+    report = requant.export(source, tmp_path / "out", to=to, otherwise="widen")
+    again = {x.layer: x for x in report.plan.layers if x.treatment == "requantized"}
+    assert again and {x.exactness for x in again.values()} == {"re-encoded"}
+    expected, found = values(source, tmp_path / "a"), values(tmp_path / "out", tmp_path / "b")
+    errors = {layer: x.relative_rms for layer, x in report.errors.items()}
+    assert errors.keys() == again.keys()
+    for layer, error in errors.items():
+        wide, made = (x[f"{layer}.weight"].astype(np.float64) for x in (expected, found))
+        relative = np.linalg.norm(made - wide) / np.linalg.norm(wide)
+        assert error == pytest.approx(relative, rel=1e-4) and error < 0.01
+    with pytest.raises(requant.CheckpointError, match="the format has no more bits for it"):
+        requant.export(source, tmp_path / "awq", to="awq", otherwise="widen")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import requant
+from requant.layouts.expert_names import EXPERT_NAMES
 from requant.planning.export import SAME_NAMES
 from tests.support.checkpoints import MICRO_LLAMA
 from tests.support.safetensors_files import read_folder
@@ -169,3 +170,33 @@ def test_names_of_mlx_lm(kind: str) -> None:
         assert kept.keys() == arrays.keys()
         assert all(mx.array_equal(kept[name], x) for name, x in arrays.items())
     assert {name: tuple(x.shape) for name, x in tree_flatten(theirs.parameters())} == shapes
+
+
+@pytest.mark.parametrize("to", [CT, "gptq", "awq"])
+@pytest.mark.parametrize("kind", sorted(EXPERT_NAMES))
+def test_experts_of_mlx_lm(kind: str, to: str, tmp_path: Path) -> None:
+    """A folder that transformers wrote, through mlx-lm's stacks: its names, its values about."""
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    counts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    more = {"num_hidden_layers": 2, "vocab_size": 128, "pad_token_id": 0, "decoder_sparse_step": 1}
+    more |= {"shared_expert_intermediate_size": 96}
+    more |= dict.fromkeys(("attention_bias", "lm_head_bias"), kind == "phimoe")
+    config = transformers.AutoConfig.for_model(kind, **sizes, **heads, **counts, **more)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    data = json.loads(path.read_text())
+    data |= {"num_experts": 4, "rope_theta": 10000.0, "rope_scaling": None}  # for mlx-lm
+    path.write_text(json.dumps(data))
+
+    converted = requant.convert(tmp_path / "source", tmp_path / "mlx", bits=4, group_size=32)
+    assert converted.plan.layout == "mlx-lm"
+    requant.export(tmp_path / "mlx", tmp_path / "out", to=to)
+    original, found = read_folder(tmp_path / "source"), dense_values(tmp_path / "out", tmp_path)
+    assert found.keys() == original.keys()
+    for name, expected in original.items():
+        wide = expected.astype(np.float32)
+        assert np.linalg.norm(found[name] - wide) <= 0.2 * np.linalg.norm(wide), name

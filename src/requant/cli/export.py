@@ -29,8 +29,8 @@ _Otherwise = Annotated[
         "--otherwise",
         metavar="CHOICE",
         help="What becomes of a layer that the format cannot hold with its codes: refuse writes "
-        "nothing and lists all of them, widen writes its codes in more bits where the format has "
-        "them, dense decodes it.",
+        "nothing and lists all of them, widen writes its codes, or where they do not fit "
+        "new ones, in more bits, dense decodes it.",
         autocompletion=completion(lambda: [*Otherwise]),
     ),
 ]

@@ -101,8 +101,10 @@ def plan_export(
     decisions = [decide(layer) for layer in split]
     for decision in decisions:
         code = None if decision.reason is None else decision.reason.code
-        if code is ReasonCode.NOT_IN_FORMAT and options.otherwise is not Otherwise.DENSE:
-            problems.append(Problem(decision.layer.path, f"{decision.reason}; {_ADVICE}"))
+        is_refused = decision.held is None and options.otherwise is not Otherwise.DENSE
+        if code is ReasonCode.NOT_IN_FORMAT and is_refused:
+            message = f"{decision.reason}; {_ADVICE[options.otherwise]}"
+            problems.append(Problem(decision.layer.path, message))
     if source.opened.damaged:
         problems += source.opened.damaged.values()
     if not problems and all(decision.held is None for decision in decisions):
@@ -117,7 +119,11 @@ _MLX_NAMES: Final = ("mlx", "metal")  # formats of folders with names of MLX's c
 _WITHOUT_CODES: Final = ("dense",)
 # Notes on GGUF files whose tensors keep names that only llama.cpp knows.
 _OTHER_NAMES: Final = (NoteCode.UNKNOWN_ARCHITECTURE, NoteCode.UNKNOWN_TENSOR_NAMES)
-_ADVICE = "--otherwise widen takes more bits where the format has them, --otherwise dense decodes"
+_ADVICE: Final = {
+    Otherwise.REFUSE: "--otherwise widen takes more bits where the format has them, "
+    "--otherwise dense decodes it",
+    Otherwise.WIDEN: "the format has no more bits for it; --otherwise dense decodes it",
+}
 _DENSE_ADVICE = "requant convert SOURCE OUTPUT --dequantize makes a dense folder"
 
 
@@ -158,17 +164,15 @@ class _Decider:
             return _Decision(layer, None)
         if not self.target.takes_tokens and (why := _dense_for_readers(layer.path)) is not None:
             return _Decision(layer, None, Reason(ReasonCode.DENSE_FOR_READERS, why))
+        if len(layer.shape) != 2:
+            stack = f"a stack of matrices, {list(layer.shape)}, which the format stores one by one"
+            return _Decision(layer, None, Reason(ReasonCode.NOT_IN_FORMAT, stack))
         codes = layer.encoding
         if codes is None or layer.rotation_tensors:
             known = layer.policy.reason
             text = "its codes are none of MLX's" if known is None else known.text
-            return self._not_held(layer, f"{layer.stored_as}: {text}")
-        if len(layer.shape) != 2:
-            stack = f"a stack of matrices, {list(layer.shape)}, which the format stores one by one"
-            return self._not_held(layer, stack)
-        stored = stored_scale_dtype(layer)
-        written = self.target.scale_dtype(stored)
-        zeros = ZeroPoints()
+            return self._other_codes(layer, f"{layer.stored_as}: {text}")
+        written, zeros = self.target.scale_dtype(stored_scale_dtype(layer)), ZeroPoints()
         if codes.mode is QuantMode.AFFINE and self.target.integer_zeros:
             zeros = read_zeros(self.source, layer, written)
             self._check_finite(layer, zeros, written)
@@ -183,10 +187,23 @@ class _Decider:
                     text = f"the same codes in {wider.bits} bits: {why}"
                     reason = Reason(ReasonCode.CODES_WIDENED, text)
                     return _Decision(layer, replace(held, written=wider), reason)
-        return self._not_held(layer, why)
+        return self._other_codes(layer, why)
 
-    def _not_held(self, layer: SourceLayer, why: str) -> _Decision:
-        return _Decision(layer, None, Reason(ReasonCode.NOT_IN_FORMAT, why))
+    def _other_codes(self, layer: SourceLayer, why: str) -> _Decision:
+        """New codes where they are asked for and the format has them, else none."""
+        target = self.target.encoded_again(layer.shape)
+        is_plain = "global_scale" not in layer.parts
+        if self.otherwise is not Otherwise.WIDEN or target is None or not is_plain:
+            return _Decision(layer, None, Reason(ReasonCode.NOT_IN_FORMAT, why))
+        held = HeldLayer(
+            layer,
+            target,
+            target,
+            scale_dtype=self.target.scale_dtype(layer.dtype),
+            zeros=ZeroPoints(lowest=0, highest=(1 << target.bits) - 1),
+            is_encoded_again=True,
+        )
+        return _Decision(layer, held, Reason(ReasonCode.NOT_IN_FORMAT, why))
 
     def _check_finite(self, layer: SourceLayer, zeros: ZeroPoints, written: str) -> None:
         if zeros.nonfinite:
@@ -223,6 +240,8 @@ def _why_no_zeros(zeros: ZeroPoints, bits: int) -> str:
 
 
 def _fidelity(held: HeldLayer) -> Fidelity:
+    if held.is_encoded_again:
+        return Fidelity(Exactness.REENCODED)
     bounds, zeros = [], held.zeros
     if zeros.rounded:
         # One digit, rounded up: layers with nearly the same bound are printed in one line.
@@ -289,7 +308,8 @@ def _layer_plan(decision: _Decision, steps: list[Step], options: ExportOptions) 
     treatment = Treatment.DENSE if not layer.is_quantized else Treatment.DEQUANTIZED
     described, fidelity = layer.dtype, EXACT
     if held is not None:
-        treatment, fidelity = Treatment.KEPT, _fidelity(held)
+        treatment = Treatment.REQUANTIZED if held.is_encoded_again else Treatment.KEPT
+        fidelity = _fidelity(held)
         described = f"{options.to} {_described(held.written, options.to)}"
     elif layer.is_quantized:
         fidelity = rounded("values", layer.dtype)

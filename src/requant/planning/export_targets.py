@@ -14,9 +14,10 @@ from typing import Any
 
 from requant.core.dtypes import TensorInfo
 from requant.formats import SourceLayer
+from requant.formats.base import fallback_for
 from requant.formats.widening import stored_rows, widened
 from requant.packings.base import Packing
-from requant.packings.exported import CodedMatrix
+from requant.packings.exported import CodedMatrix, Reencoded
 from requant.packings.zero_points import ZeroPoints
 from requant.planning.plan import Operation, OutputTensor, RowMapping, Step
 from requant.planning.steps import copy_step
@@ -34,6 +35,7 @@ class HeldLayer:
         written: That of the codes in the output: perhaps in more bits, or in smaller groups.
         scale_dtype: Header name of the dtype in which affine scales are written.
         zeros: Its zero points; none of the modes without.
+        is_encoded_again: Whether the codes are new ones, of the values behind those of the source.
     """
 
     layer: SourceLayer
@@ -41,11 +43,14 @@ class HeldLayer:
     written: Quantization
     scale_dtype: str
     zeros: ZeroPoints
+    is_encoded_again: bool = False
 
     def matrix(self) -> CodedMatrix:
         """The codes as the output has them."""
         layer, packing = self.layer, self.layer.packing
-        if packing is not None or self.codes != self.written:
+        if self.is_encoded_again:
+            packing = Reencoded(packing or stored_rows(layer), self.written, self.scale_dtype)
+        elif packing is not None or self.codes != self.written:
             packing = widened(packing or stored_rows(layer), self.codes, self.written)
         out_features, in_features = layer.shape
         return CodedMatrix(out_features, in_features, self.written, packing)
@@ -137,6 +142,11 @@ class TargetFormat:
             for bits in sorted(self.widths.get(codes.mode, ())):
                 if bits > codes.bits:
                     yield replace(codes, bits=bits)
+
+    def encoded_again(self, shape: tuple[int, ...]) -> Quantization | None:
+        """The encoding of new codes for values that it has no codes for: 8 bits, where it has."""
+        target = fallback_for(shape[-1])
+        return None if target is None or self.why_not(target, shape) else target
 
     def scale_dtype(self, stored: str) -> str:
         """The dtype in which affine scales are written."""
