@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import requant
-from tests.api.test_export import PROJ, affine, bf16, folder, same_bits
+from tests.support.checkpoints import write_checkpoint
 from tests.support.fixture_folders import fixture
+from tests.support.mlx_folders import PROJ, affine, bf16, folder, same_bits
 from tests.support.safetensors_files import read_folder
 
 Arrays = dict[str, np.ndarray]
@@ -130,6 +131,22 @@ def test_fixtures_come_back(name: str, through_mlx: bool, tmp_path: Path) -> Non
     for key, expected in original.items():
         if key.rpartition(".")[2] in roles:
             assert same_bits(written[key], expected), key
+
+
+@pytest.mark.parametrize(
+    ("name", "to"), [("gguf-q8_0", "gptq"), ("gptq-b4-g64-asym-v1", "awq"), ("bnb-nf4", "gptq")]
+)
+def test_exports_are_verified(name: str, to: str, tmp_path: Path) -> None:
+    """``verify`` repeats an export of any source, and finds a byte that changed."""
+    source, output = source_of(name), tmp_path / "out"
+    requant.export(source, output, to=to, otherwise="widen")
+    assert requant.verify(source, output).problems == ()
+    with (output / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read()[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    assert requant.verify(source, output).problems
 
 
 @pytest.mark.parametrize("to", INTEGERS)
@@ -286,3 +303,76 @@ def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
     report = requant.export(source, tmp_path / "out", to="gptq")
     assert report.plan.layers[0].exactness == "rounded"
     assert "scales rounded to float16" in report.plan.layers[0].bound
+
+
+def write_moe(path: Path) -> Path:
+    """A qwen3_moe model of one layer with four experts, under transformers' names."""
+    random, layer = np.random.default_rng(0), "model.layers.0"
+    shapes = {"model.embed_tokens": (64, 64), "lm_head": (64, 64), f"{layer}.mlp.gate": (4, 64)}
+    shapes |= {f"{layer}.self_attn.{x}_proj": (64, 64) for x in "qkvo"}
+    for expert in range(4):
+        experts = f"{layer}.mlp.experts.{expert}"
+        shapes |= {f"{experts}.{x}_proj": (96, 64) for x in ("gate", "up")}
+        shapes[f"{experts}.down_proj"] = (64, 96)
+    tensors = {f"{name}.weight": bf16(random.normal(size=x)) for name, x in shapes.items()}
+    for name, size in (("self_attn.q_norm", 32), ("self_attn.k_norm", 32)):
+        tensors[f"{layer}.{name}.weight"] = bf16(np.ones(size))
+    for name in (f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm"):
+        tensors[f"{name}.weight"] = bf16(np.ones(64))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
+    counts = {"num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    config = {"model_type": "qwen3_moe", "vocab_size": 64, "decoder_sparse_step": 1}
+    config |= {"mlp_only_layers": [], "norm_topk_prob": True, "rms_norm_eps": 1e-6}
+    config |= {"rope_theta": 10000.0, "tie_word_embeddings": False}
+    config |= {"max_position_embeddings": 128, **sizes, **counts, **heads}
+    return write_checkpoint(path, tensors, config, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("to", INTEGERS)
+def test_experts_of_mlx_lm(to: str, tmp_path: Path) -> None:
+    """Stacks of mlx-lm become the experts of the original, and come back with their codes."""
+    source = write_moe(tmp_path / "source")
+    converted = requant.convert(source, tmp_path / "mlx", bits=4, group_size=32)
+    assert converted.plan.layout == "mlx-lm"
+    report = requant.export(tmp_path / "mlx", tmp_path / "out", to=to)
+    experts = [x.layer for x in report.plan.layers if ".experts." in x.layer]
+    assert len(experts) == 12 and not any("switch_mlp" in x.layer for x in report.plan.layers)
+    assert values(tmp_path / "out", tmp_path / "dense").keys() == read_folder(source).keys()
+    requant.convert(tmp_path / "out", tmp_path / "back", dtype="bfloat16")
+    before, back = read_folder(tmp_path / "mlx"), read_folder(tmp_path / "back")
+    codes = [name for name in back if back[name].dtype == np.uint32]
+    assert sum("switch_mlp" in name for name in codes) == 3
+    for name in codes:
+        assert same_bits(back[name], before[name]), name
+        scales = name.replace("weight", "scales")
+        assert same_bits(back[scales], before[scales]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("gguf-q4_1", "compressed-tensors"),
+        ("hqq-b4-g64", "gptq"),
+        ("bnb-nf4", "compressed-tensors"),
+        ("gptq-b4-g64-actorder-v1", "gptq"),
+        ("ct-mxfp4-pack", "gptq"),
+    ],
+)
+def test_codes_that_are_made_again(name: str, to: str, tmp_path: Path) -> None:
+    """With widen, layers whose codes do not fit get 8 bits, and the report has their error."""
+    source = source_of(name)
+    with pytest.raises(requant.CheckpointError, match="--otherwise widen"):
+        requant.export(source, tmp_path / "out", to=to)
+    report = requant.export(source, tmp_path / "out", to=to, otherwise="widen")
+    again = {x.layer: x for x in report.plan.layers if x.treatment == "requantized"}
+    assert again and {x.exactness for x in again.values()} == {"re-encoded"}
+    expected, found = values(source, tmp_path / "a"), values(tmp_path / "out", tmp_path / "b")
+    errors = {layer: x.relative_rms for layer, x in report.errors.items()}
+    assert errors.keys() == again.keys()
+    for layer, error in errors.items():
+        wide, made = (x[f"{layer}.weight"].astype(np.float64) for x in (expected, found))
+        relative = np.linalg.norm(made - wide) / np.linalg.norm(wide)
+        assert error == pytest.approx(relative, rel=1e-4) and error < 0.01
+    with pytest.raises(requant.CheckpointError, match="the format has no more bits for it"):
+        requant.export(source, tmp_path / "awq", to="awq", otherwise="widen")

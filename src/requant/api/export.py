@@ -58,7 +58,7 @@ def export(
             and 8 bits), "awq" (4 bits), or compressed-tensors with nothing but "mxfp4" or "nvfp4".
         otherwise: What becomes of a layer that the format cannot hold with its codes: "refuse"
             raises an error that lists all of them, "widen" writes the same codes in more bits where
-            the format has them, "dense" decodes it.
+            the format has them, or encodes the values again in 8 bits, "dense" decodes it.
         force: Replace an existing output.
         resume: Resume the same export after a stop; False starts over.
         max_memory: Most bytes to hold in memory.

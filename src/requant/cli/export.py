@@ -29,8 +29,8 @@ _Otherwise = Annotated[
         "--otherwise",
         metavar="CHOICE",
         help="What becomes of a layer that the format cannot hold with its codes: refuse writes "
-        "nothing and lists all of them, widen writes its codes in more bits where the format has "
-        "them, dense decodes it.",
+        "nothing and lists all of them, widen writes its codes, or where they do not fit "
+        "new ones, in more bits, dense decodes it.",
         autocompletion=completion(lambda: [*Otherwise]),
     ),
 ]
@@ -55,11 +55,12 @@ def export(
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
-    """Write a quantized checkpoint in another tool's format, with its codes.
+    """Write a quantized checkpoint in another tool's format.
 
-    The scales and biases of every layer are read first: a layer is exact where the format's
-    integer zero points give each bias, rounded where the two differ by one rounding. Embeddings,
-    output heads and routers are written dense. Stopped, the same command resumes.
+    Codes and scales stay as they are. The scales and biases of every layer are read first:
+    a layer is exact where the format's integer zero points give each bias, rounded where the
+    two differ by one rounding. Embeddings, output heads and routers are written dense.
+    Stopped, the same command resumes.
 
     \b
     Examples:

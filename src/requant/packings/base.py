@@ -118,12 +118,6 @@ class Packing(ABC):
         """Fill ``out`` (weight, scales and, in affine mode, biases) with rows of the layer."""
         raise NotImplementedError(f"{type(self).__name__} has no encoding")
 
-    def squared_errors(
-        self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch
-    ) -> tuple[float, float]:
-        """The sums of squared errors and of squared values, where ``repack`` made new codes."""
-        return 0.0, 0.0
-
     @abstractmethod
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         """Fill ``out``, ``(rows, columns)``, with values rounded once to its dtype."""

@@ -13,15 +13,25 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from requant.core.dtypes import NUMPY_DTYPE
 from requant.errors import InvariantError
 from requant.kernels import quantize as native
 from requant.kernels import repack
-from requant.packings.base import Array, Packing, Parts, Rect, Scratch, Triple
+from requant.kernels.cast import count_nonfinite
+from requant.packings.base import Array, Packing, Parts, Rect, Scratch, Triple, WrappedPacking
 from requant.packings.zero_points import integer_zeros
 from requant.quantization.config import Quantization, QuantMode
 
 _WHOLE_WORDS = 32  # codes of any width that fill whole words
 _NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # AutoAWQ: output r of eight is in this nibble
+
+
+class ExportError(NamedTuple):
+    """The error of codes that an export made, over the rows of one call."""
+
+    squared_error: float
+    squared_values: float
+    nonfinite: int  # scales that are NaN or infinite, as values are or float16 is
 
 
 class Window(NamedTuple):
@@ -48,7 +58,6 @@ class CodedMatrix:
     in_features: int
     encoding: Quantization
     packing: Packing | None = None
-    first_row: int = 0
 
     @property
     def groups(self) -> int:
@@ -63,12 +72,8 @@ class CodedMatrix:
     def rects(self, window: Window, *roles: str) -> dict[str, Rect]:
         """The rectangles of the parts from which ``roles`` of a window are made."""
         if self.packing is not None:
-            return self.packing.required_rects(*self._rows(window))
+            return self.packing.required_rects(*window.outputs)
         return {role: Rect(window.outputs, self._columns(window, role)) for role in roles}
-
-    def _rows(self, window: Window) -> tuple[int, int]:
-        start, stop = window.outputs
-        return self.first_row + start, self.first_row + stop
 
     def _columns(self, window: Window, role: str) -> tuple[int, int]:
         """The columns of a tensor of MLX's that hold these inputs."""
@@ -93,7 +98,7 @@ class CodedMatrix:
                 made[role] = scratch.take(f"made {role}", "F32", rows, 4 * self.groups)
         else:
             made["scales"] = scratch.take("made scales", "U8", rows, self.groups)
-        self.packing.repack(parts, *self._rows(window), made, scratch)
+        self.packing.repack(parts, *window.outputs, made, scratch)
         return {role: x[:, slice(*self._columns(window, role))] for role, x in made.items()}
 
     def words(self, parts: Parts, window: Window, scratch: Scratch) -> Array:
@@ -126,11 +131,65 @@ class CodedMatrix:
         return zeros.astype(np.uint8)
 
 
+@dataclass(frozen=True)
+class Reencoded(WrappedPacking):
+    """Values of another packing in new codes, whose zero points are integers in range.
+
+    The range of a group, with 0 in it, is divided into equal steps; a step is a number of the dtype
+    in which scales are written.
+    """
+
+    layer: Packing
+    encoding: Quantization  # of the new codes, affine
+    scale_dtype: str  # header name
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        return self.layer.rows
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.layer.columns
+
+    @property
+    def scratch_row_bytes(self) -> int:
+        """Values, quotients, codes and decoded values of a row."""
+        return 16 * self.columns
+
+    def values(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> Array:
+        """The values of rows, float32."""
+        dense = scratch.take("values", "F32", stop - start, 4 * self.columns)
+        self.layer.decode(parts, start, stop, dense, scratch)
+        return dense
+
+    def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
+        """Fill ``out``, scales and biases in float32."""
+        size, rows = self.encoding.group_size, stop - start
+        values = self.values(parts, start, stop, scratch).reshape(rows, -1, size)
+        most = np.float32((1 << self.encoding.bits) - 1)
+        low = np.minimum(values.min(axis=2), np.float32(0))
+        dtype = NUMPY_DTYPE[self.scale_dtype]
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller counts infinities
+            scales = (np.maximum(values.max(axis=2), np.float32(0)) - low) / most
+            scales = scales.astype(dtype).astype(np.float32)
+            scales[scales == 0] = dtype.type(1)  # nothing but zeros, or less than a step
+            zeros = np.clip(np.rint(-low / scales), 0, most)
+            codes = np.rint(values / scales[:, :, None]) + zeros[:, :, None]
+            codes = np.clip(codes, 0, most).astype(np.uint8).reshape(rows, -1)
+            out["biases"][:] = -zeros * scales
+        out["weight"][:] = native.pack_words(codes, self.encoding.bits)
+        out["scales"][:] = scales
+
+
 class Written(Packing):
     """A packing that is only written: there is nothing to decode."""
 
     def decode(self, parts: Parts, start: int, stop: int, out: Array, scratch: Scratch) -> None:
         raise InvariantError(f"{type(self).__name__} is not decoded")
+
+    def error(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> ExportError | None:
+        """The error of new codes; None of codes that are kept, and of other tensors."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -172,23 +231,21 @@ class TensorScale(Written):
     MLX multiplies them with ``global_scale / 2688``, if there is one (``GlobalScales``).
     """
 
-    number: int | None  # of the matrix in MLX's ``global_scale``; None where there is none
+    has_scale: bool  # whether there is a ``global_scale``
     rows: int = 1
     columns: int = 1
 
     def required_rects(self, start: int, stop: int) -> dict[str, Rect]:
-        if self.number is None:
-            return {}
-        return {"global_scale": Rect((0, 1), (self.number, self.number + 1))}
+        return {"global_scale": Rect((0, 1), (0, 1))} if self.has_scale else {}
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Fill ``out["weight"]`` with the number."""
         largest = np.float32(2688)
-        out["weight"][:] = 1 if self.number is None else largest / parts["global_scale"]
+        out["weight"][:] = largest / parts["global_scale"] if self.has_scale else 1
 
 
 @dataclass(frozen=True)
-class _OfMatrix(Written):
+class OfMatrix(Written):
     """A tensor whose rows are made from windows of a matrix."""
 
     scratch_value_bytes: ClassVar[int] = 16  # of a number in a row: integers, and float32
@@ -209,6 +266,22 @@ class _OfMatrix(Written):
             data["matrix"] = {**data["matrix"], "packing": packing.to_dict()}
         return data
 
+    def error(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> ExportError | None:
+        matrix = self.matrix
+        if not isinstance(matrix.packing, Reencoded) or "weight" not in self._roles:
+            return None
+        window = self._window(start, stop)
+        made = matrix.triple(parts, Window(window.outputs, (0, matrix.in_features)), scratch)
+        values = matrix.packing.values(parts, *window.outputs, scratch)
+        decoded = np.empty_like(values)
+        native.decode_into(native.QuantizedTensors.from_roles(made), matrix.encoding, decoded)
+        with np.errstate(over="ignore", invalid="ignore"):
+            decoded -= values
+            error, total = (
+                float(np.einsum("ij,ij->", x, x, dtype=np.float64)) for x in (decoded, values)
+            )
+        return ExportError(error, total, count_nonfinite(made["scales"]))
+
     @property
     def scratch_row_bytes(self) -> int:
         """The tensors of MLX that are made for a row, where they are not stored."""
@@ -219,7 +292,7 @@ class _OfMatrix(Written):
         return made.packing.scratch_row_bytes + row * made.out_features // max(self.rows, 1)
 
 
-class ByOutputs(_OfMatrix):
+class ByOutputs(OfMatrix):
     """A tensor whose rows are outputs."""
 
     @property
@@ -272,7 +345,7 @@ def _fill(target: Array, scales: Array) -> None:
 
 
 @dataclass(frozen=True)
-class ColumnZeros(_OfMatrix):
+class ColumnZeros(OfMatrix):
     """compressed-tensors' zero points int32 ``[out * bits / 32, groups]``, along the outputs.
 
     Word ``(r, g)`` holds the zero points of group ``g`` of ``32 / bits`` outputs, the first in the
@@ -314,7 +387,7 @@ class ColumnZeros(_OfMatrix):
         out["weight"][:] = words.view(np.int32)
 
 
-class _ByInputs(_OfMatrix):
+class _ByInputs(OfMatrix):
     """A tensor whose rows are inputs, or groups of them, and whose columns are outputs.
 
     A row takes a column of MLX's tensors. Those of another packing are made as a whole.
@@ -368,7 +441,9 @@ class GptqWords(_ByInputs):
 
 
 class AwqWords(_ByInputs):
-    """``qweight`` int32 ``[in, out / 8]``: codes of 4 bits, output ``r`` of eight in a nibble.
+    """``qweight`` int32 ``[in, out / 8]``: codes of 4 bits, output ``r`` of eight in its nibble.
+
+    Eight outputs that hold 0 to 7 for every input become words 0x75316420.
 
     The kernel that reads ``qweight`` turns eight codes of eight rows, the nibble of a row by its
     place in eight. Here the rows are MLX's, so that they are put in that order before, and the
@@ -388,23 +463,13 @@ class AwqWords(_ByInputs):
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Fill ``out["weight"]`` with rows of words."""
         words = self.matrix.words(parts, self._window(start, stop), scratch)
-        out["weight"][:] = awq_words(words).view(np.int32)
-
-
-def awq_words(words: Array) -> Array:
-    """MLX's words ``(out, in / 8)`` of 4 bits as ``qweight``, uint32 ``(in, out / 8)``.
-
-    Example:
-        Eight outputs that hold 0 to 7 for every input become words 0x75316420.
-    """
-    rows, width = words.shape
-    ordered = np.empty((rows // 8, 8, width), np.uint32)
-    ordered[:, _NIBBLES] = words.reshape(rows // 8, 8, width)
-    turned = np.empty((8 * width, rows // 8), np.uint32)
-    repack.awq_gemm_into(ordered.reshape(rows, width), turned)
-    found = np.empty((width, 8, rows // 8), np.uint32)
-    found[:, _NIBBLES] = turned.reshape(width, 8, rows // 8)
-    return found.reshape(8 * width, rows // 8)
+        rows, width = words.shape
+        ordered = scratch.take("ordered", "U32", rows, 4 * width)
+        ordered.reshape(rows // 8, 8, width)[:, _NIBBLES] = words.reshape(rows // 8, 8, width)
+        turned = scratch.take("turned", "U32", 8 * width, rows // 2)
+        repack.awq_gemm_into(ordered, turned)
+        found = out["weight"].view(np.uint32).reshape(width, 8, rows // 8)
+        found[:, _NIBBLES] = turned.reshape(width, 8, rows // 8)
 
 
 class _ByGroups(_ByInputs):

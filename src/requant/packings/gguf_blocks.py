@@ -29,7 +29,7 @@ from requant.kernels import cast as values
 from requant.kernels import quantize as native
 from requant.kernels.gguf import BY_NAME, TYPES, BlockType, values_into
 from requant.packings.base import Array, Packing, Parts, Rect, Scratch, Triple, WrappedPacking
-from requant.packings.exported import ByOutputs, Written
+from requant.packings.exported import ByOutputs, ExportError, Written
 from requant.packings.zero_points import integer_zeros
 from requant.quantization.config import QuantMode
 
@@ -194,16 +194,14 @@ class EncodedRows(_OfRows):
         wide = self.values(parts, start, stop, scratch).reshape(stop - start, -1, BLOCK)
         out["weight"][:] = encoded(wide).reshape(stop - start, -1)
 
-    def squared_errors(
-        self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch
-    ) -> tuple[float, float]:
-        """Those of the blocks, in float32."""
+    def error(self, parts: Parts, start: int, stop: int, scratch: Scratch) -> ExportError:
         wide = self.values(parts, start, stop, scratch)
+        blocks = encoded(wide.reshape(stop - start, -1, BLOCK)).reshape(stop - start, -1)
         found = np.empty(wide.shape, np.float32)
-        values_into(BY_NAME["Q8_0"], out["weight"], found)
+        values_into(BY_NAME["Q8_0"], blocks, found)
         found -= wide
         error, size = (float(np.einsum("ij,ij->", x, x, dtype=np.float64)) for x in (found, wide))
-        return error, size
+        return ExportError(error, size, 0)
 
 
 def encoded(rows: Array) -> Array:

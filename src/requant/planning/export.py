@@ -13,12 +13,13 @@ from math import ceil, floor, log10
 from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint
-from requant.core.reasons import Reason, ReasonCode
+from requant.core.reasons import NoteCode, Reason, ReasonCode
 from requant.errors import CheckpointError, Problem
 from requant.formats import SourceLayer
 from requant.formats.base import describe_encoding
 from requant.formats.quantization_block import without_blocks
 from requant.formats.stale_blocks import read_source
+from requant.layouts.expert_names import EXPERT_NAMES, split_stacks
 from requant.layouts.head_names import find_pair, flags, is_head
 from requant.packings.base import EXACT, Exactness, Fidelity, IntegerPacking, rounded
 from requant.packings.zero_points import ZeroPoints
@@ -88,16 +89,22 @@ def plan_export(
     problems = list(layout.problems)
     if not problems and read.format in _WITHOUT_CODES:
         problems.append(_no_codes(source))
+    if not problems:
+        notes = (note for note in source.notes if note.code in _OTHER_NAMES)
+        problems += [Problem(str(source.source), note.text) for note in notes]
     if not problems and read.format in _MLX_NAMES and not keeps_names:
         problems += _other_names(source)
     if problems:
         raise CheckpointError(str(source.source), problems, "exported")
     decide = _Decider(source, FORMATS[options.to], options.otherwise)
-    decisions = [decide(layer) for layer in layout.layers]
+    split = split_stacks(layout.layers, source.config)
+    decisions = [decide(layer) for layer in split]
     for decision in decisions:
         code = None if decision.reason is None else decision.reason.code
-        if code is ReasonCode.NOT_IN_FORMAT and options.otherwise is not Otherwise.DENSE:
-            problems.append(Problem(decision.layer.path, f"{decision.reason}; {_ADVICE}"))
+        is_refused = decision.held is None and options.otherwise is not Otherwise.DENSE
+        if code is ReasonCode.NOT_IN_FORMAT and is_refused:
+            message = f"{decision.reason}; {_ADVICE[options.otherwise]}"
+            problems.append(Problem(decision.layer.path, message))
     if source.opened.damaged:
         problems += source.opened.damaged.values()
     if not problems and all(decision.held is None for decision in decisions):
@@ -110,7 +117,13 @@ def plan_export(
 
 _MLX_NAMES: Final = ("mlx", "metal")  # formats of folders with names of MLX's classes
 _WITHOUT_CODES: Final = ("dense",)
-_ADVICE = "--otherwise widen takes more bits where the format has them, --otherwise dense decodes"
+# Notes on GGUF files whose tensors keep names that only llama.cpp knows.
+_OTHER_NAMES: Final = (NoteCode.UNKNOWN_ARCHITECTURE, NoteCode.UNKNOWN_TENSOR_NAMES)
+_ADVICE: Final = {
+    Otherwise.REFUSE: "--otherwise widen takes more bits where the format has them, "
+    "--otherwise dense decodes it",
+    Otherwise.WIDEN: "the format has no more bits for it; --otherwise dense decodes it",
+}
 _DENSE_ADVICE = "requant convert SOURCE OUTPUT --dequantize makes a dense folder"
 
 
@@ -125,12 +138,13 @@ def _no_codes(source: Checkpoint) -> Problem:
 def _other_names(source: Checkpoint) -> Iterator[Problem]:
     """The problem of a model whose tensors may be other ones in mlx-lm than in transformers."""
     kind = source.config.get("model_type")
-    if kind not in SAME_NAMES:
+    known = sorted({*SAME_NAMES, *EXPERT_NAMES})
+    if kind not in known:
         yield Problem(
             "config.json: model_type",
             f"is {kind!r}, whose tensors mlx-lm may rename, stack or change, and export does not "
-            f"undo that yet; known to be equal are {', '.join(sorted(SAME_NAMES))}. Of another "
-            "model, convert the original with --layout keep, then export the result",
+            f"undo that yet; known are {', '.join(known)}. Of another model, "
+            "convert the original with --layout keep, then export the result",
         )
 
 
@@ -150,21 +164,19 @@ class _Decider:
             return _Decision(layer, None)
         if not self.target.takes_tokens and (why := _dense_for_readers(layer.path)) is not None:
             return _Decision(layer, None, Reason(ReasonCode.DENSE_FOR_READERS, why))
+        if len(layer.shape) != 2:
+            stack = f"a stack of matrices, {list(layer.shape)}, which the format stores one by one"
+            return _Decision(layer, None, Reason(ReasonCode.NOT_IN_FORMAT, stack))
         codes = layer.encoding
         if codes is None or layer.rotation_tensors:
             known = layer.policy.reason
             text = "its codes are none of MLX's" if known is None else known.text
-            return self._not_held(layer, f"{layer.stored_as}: {text}")
-        if len(layer.shape) != 2:
-            stack = f"a stack of matrices, {list(layer.shape)}, which the format stores one by one"
-            return self._not_held(layer, stack)
-        stored = stored_scale_dtype(layer)
-        written = self.target.scale_dtype(stored)
-        zeros = ZeroPoints()
+            return self._other_codes(layer, f"{layer.stored_as}: {text}")
+        written, zeros = self.target.scale_dtype(stored_scale_dtype(layer)), ZeroPoints()
         if codes.mode is QuantMode.AFFINE and self.target.integer_zeros:
             zeros = read_zeros(self.source, layer, written)
             self._check_finite(layer, zeros, written)
-        held = HeldLayer(layer, codes, codes, written, zeros, (layer.path,))
+        held = HeldLayer(layer, codes, codes, scale_dtype=written, zeros=zeros)
         why = self.target.why_not(codes, layer.shape) or _why_no_zeros(zeros, codes.bits)
         if not why:
             return _Decision(layer, held)
@@ -175,10 +187,23 @@ class _Decider:
                     text = f"the same codes in {wider.bits} bits: {why}"
                     reason = Reason(ReasonCode.CODES_WIDENED, text)
                     return _Decision(layer, replace(held, written=wider), reason)
-        return self._not_held(layer, why)
+        return self._other_codes(layer, why)
 
-    def _not_held(self, layer: SourceLayer, why: str) -> _Decision:
-        return _Decision(layer, None, Reason(ReasonCode.NOT_IN_FORMAT, why))
+    def _other_codes(self, layer: SourceLayer, why: str) -> _Decision:
+        """New codes where they are asked for and the format has them, else none."""
+        target = self.target.encoded_again(layer.shape)
+        is_plain = "global_scale" not in layer.parts
+        if self.otherwise is not Otherwise.WIDEN or target is None or not is_plain:
+            return _Decision(layer, None, Reason(ReasonCode.NOT_IN_FORMAT, why))
+        held = HeldLayer(
+            layer,
+            target,
+            target,
+            scale_dtype=self.target.scale_dtype(layer.dtype),
+            zeros=ZeroPoints(lowest=0, highest=(1 << target.bits) - 1),
+            is_encoded_again=True,
+        )
+        return _Decision(layer, held, Reason(ReasonCode.NOT_IN_FORMAT, why))
 
     def _check_finite(self, layer: SourceLayer, zeros: ZeroPoints, written: str) -> None:
         if zeros.nonfinite:
@@ -215,6 +240,8 @@ def _why_no_zeros(zeros: ZeroPoints, bits: int) -> str:
 
 
 def _fidelity(held: HeldLayer) -> Fidelity:
+    if held.is_encoded_again:
+        return Fidelity(Exactness.REENCODED)
     bounds, zeros = [], held.zeros
     if zeros.rounded:
         # One digit, rounded up: layers with nearly the same bound are printed in one line.
@@ -281,7 +308,8 @@ def _layer_plan(decision: _Decision, steps: list[Step], options: ExportOptions) 
     treatment = Treatment.DENSE if not layer.is_quantized else Treatment.DEQUANTIZED
     described, fidelity = layer.dtype, EXACT
     if held is not None:
-        treatment, fidelity = Treatment.KEPT, _fidelity(held)
+        treatment = Treatment.REQUANTIZED if held.is_encoded_again else Treatment.KEPT
+        fidelity = _fidelity(held)
         described = f"{options.to} {_described(held.written, options.to)}"
     elif layer.is_quantized:
         fidelity = rounded("values", layer.dtype)

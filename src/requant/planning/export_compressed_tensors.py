@@ -69,9 +69,8 @@ class CompressedTensorsWriter(LayerWriter):
             found[x.written] &= x.zeros.all_middle(x.written.bits)
         self.symmetric = dict(found)
 
-    def tensors(self, layer: HeldLayer, number: int) -> Iterator[Step]:
-        matrix, parts = layer.matrix(number)
-        path, written = layer.paths[number], layer.written
+    def steps(self, layer: HeldLayer) -> Iterator[Step]:
+        matrix, written = layer.matrix(), layer.written
         rows, columns = matrix.out_features, matrix.in_features
         scheme = _SCHEMES[written.mode]
         suffix, dtype, bits = scheme.words
@@ -79,24 +78,22 @@ class CompressedTensorsWriter(LayerWriter):
         stored = scheme.scale_dtype or layer.scale_dtype
         scales = TensorInfo(stored, (rows, matrix.groups))
         if matrix.packing is None:
-            yield moved_step(layer, parts["weight"], f"{path}.{suffix}", words)
-            name = f"{path}.weight_scale"
-            yield moved_step(layer, parts["scales"], name, scales, is_scale=True)
+            yield moved_step(layer, "weight", suffix, words)
+            yield moved_step(layer, "scales", "weight_scale", scales)
         else:
-            yield export_step(layer, f"{path}.{suffix}", words, RowWords(matrix), parts)
-            yield export_step(layer, f"{path}.weight_scale", scales, RowScales(matrix), parts)
+            yield export_step(layer, suffix, words, RowWords(matrix))
+            yield export_step(layer, "weight_scale", scales, RowScales(matrix))
         if written.mode is QuantMode.NVFP4:
-            one = TensorInfo("F32", (1,))
-            factor = TensorScale(number if "global_scale" in parts else None)
-            yield export_step(layer, f"{path}.weight_global_scale", one, factor, layer.layer.parts)
+            factor = TensorScale("global_scale" in layer.layer.parts)
+            yield export_step(layer, "weight_global_scale", TensorInfo("F32", (1,)), factor)
         if written.mode is not QuantMode.AFFINE:
             return
         if not self.symmetric[written]:
             zeros = ColumnZeros(matrix)
             info = TensorInfo("I32", (zeros.rows, zeros.columns))
-            yield export_step(layer, f"{path}.weight_zero_point", info, zeros, parts)
-        shape = TensorInfo("I64", (2,))
-        yield export_step(layer, f"{path}.weight_shape", shape, Shape((rows, columns)), parts)
+            yield export_step(layer, "weight_zero_point", info, zeros)
+        shape = Shape((rows, columns))
+        yield export_step(layer, "weight_shape", TensorInfo("I64", (2,)), shape)
 
     def block(self, ignored: Sequence[str]) -> dict[str, Any]:
         """The most frequent scheme is that of the class ``Linear``, others name their layers.
@@ -105,7 +102,7 @@ class CompressedTensorsWriter(LayerWriter):
         """
         paths = defaultdict[Quantization, list[str]](list)
         for layer in self.layers:
-            paths[layer.written] += layer.paths
+            paths[layer.written].append(layer.layer.path)
         ranked = sorted(paths, key=lambda x: (-len(paths[x]), x.mode, x.bits, x.group_size))
         formats = {_SCHEMES[quantization.mode].format for quantization in ranked}
         groups = {

@@ -39,26 +39,25 @@ class GptqWriter(LayerWriter):
         self.minus_one = all(x.zeros.lowest > 0 for x in layers)
         self.symmetric = all(x.zeros.all_middle(x.written.bits) for x in layers)
 
-    def tensors(self, layer: HeldLayer, number: int) -> Iterator[Step]:
-        matrix, parts = layer.matrix(number)
-        path, bits = layer.paths[number], layer.written.bits
+    def steps(self, layer: HeldLayer) -> Iterator[Step]:
+        matrix, bits = layer.matrix(), layer.written.bits
         out_features, in_features, groups = matrix.out_features, matrix.in_features, matrix.groups
         qweight = TensorInfo("I32", (in_features * bits // 32, out_features))
-        yield export_step(layer, f"{path}.qweight", qweight, GptqWords(matrix), parts)
+        yield export_step(layer, "qweight", qweight, GptqWords(matrix))
         qzeros = TensorInfo("I32", (groups, out_features * bits // 32))
         zeros = GptqZeros(matrix, self.minus_one)
-        yield export_step(layer, f"{path}.qzeros", qzeros, zeros, parts)
+        yield export_step(layer, "qzeros", qzeros, zeros)
         scales = TensorInfo(layer.scale_dtype, (groups, out_features))
-        yield export_step(layer, f"{path}.scales", scales, GroupScales(matrix), parts)
+        yield export_step(layer, "scales", scales, GroupScales(matrix))
         index = GroupIndex(in_features, layer.written.group_size)
         info = TensorInfo("I32", (in_features,))
-        yield export_step(layer, f"{path}.g_idx", info, index, parts)
+        yield export_step(layer, "g_idx", info, index)
 
     def block(self, ignored: Sequence[str]) -> dict[str, Any]:
         """The most frequent width and group are the default, ``dynamic`` names other layers."""
         counts = Counter[Quantization]()
         for layer in self.layers:
-            counts[layer.written] += len(layer.paths)
+            counts[layer.written] += 1
         default = min(counts, key=lambda x: (-counts[x], x.bits, x.group_size))
         dynamic: dict[str, Any] = {
             f"-:^{re.escape(path)}$": {} for path in ignored if path != "lm_head"
@@ -66,7 +65,7 @@ class GptqWriter(LayerWriter):
         for layer in self.layers:
             if layer.written != default:
                 other = {"bits": layer.written.bits, "group_size": layer.written.group_size}
-                dynamic |= {f"+:^{re.escape(path)}$": other for path in layer.paths}
+                dynamic[f"+:^{re.escape(layer.layer.path)}$"] = other
         return {
             "quant_method": "gptq",
             "bits": default.bits,
@@ -89,16 +88,15 @@ class AwqWriter(LayerWriter):
         size = min((x.written.group_size for x in layers), default=0)
         return [replace(x, written=replace(x.written, group_size=size)) for x in layers]
 
-    def tensors(self, layer: HeldLayer, number: int) -> Iterator[Step]:
-        matrix, parts = layer.matrix(number)
-        path = layer.paths[number]
+    def steps(self, layer: HeldLayer) -> Iterator[Step]:
+        matrix = layer.matrix()
         words, groups = matrix.out_features // 8, matrix.groups
         qweight = TensorInfo("I32", (matrix.in_features, words))
-        yield export_step(layer, f"{path}.qweight", qweight, AwqWords(matrix), parts)
+        yield export_step(layer, "qweight", qweight, AwqWords(matrix))
         qzeros = TensorInfo("I32", (groups, words))
-        yield export_step(layer, f"{path}.qzeros", qzeros, AwqZeros(matrix), parts)
+        yield export_step(layer, "qzeros", qzeros, AwqZeros(matrix))
         scales = TensorInfo(layer.scale_dtype, (groups, matrix.out_features))
-        yield export_step(layer, f"{path}.scales", scales, GroupScales(matrix), parts)
+        yield export_step(layer, "scales", scales, GroupScales(matrix))
 
     def block(self, ignored: Sequence[str]) -> dict[str, Any]:
         """One width and one group for all layers."""

@@ -10,15 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
-from requant.checkpoints.checkpoint import ComputedTensor, JoinedTensor, SourceTensor, cut
 from requant.core.dtypes import TensorInfo
 from requant.formats import SourceLayer
+from requant.formats.base import fallback_for
 from requant.formats.widening import stored_rows, widened
 from requant.packings.base import Packing
-from requant.packings.exported import CodedMatrix
+from requant.packings.exported import CodedMatrix, Reencoded
 from requant.packings.zero_points import ZeroPoints
 from requant.planning.plan import Operation, OutputTensor, RowMapping, Step
 from requant.planning.steps import copy_step
@@ -36,7 +35,7 @@ class HeldLayer:
         written: That of the codes in the output: perhaps in more bits, or in smaller groups.
         scale_dtype: Header name of the dtype in which affine scales are written.
         zeros: Its zero points; none of the modes without.
-        paths: Its path in the output; of a stack those of its matrices.
+        is_encoded_again: Whether the codes are new ones, of the values behind those of the source.
     """
 
     layer: SourceLayer
@@ -44,34 +43,17 @@ class HeldLayer:
     written: Quantization
     scale_dtype: str
     zeros: ZeroPoints
-    paths: tuple[str, ...]
+    is_encoded_again: bool = False
 
-    @property
-    def matrices(self) -> int:
-        """Matrices of a stack; 1 of a matrix."""
-        return prod(self.layer.shape[:-2])
-
-    def matrix(self, number: int) -> tuple[CodedMatrix, Mapping[str, SourceTensor]]:
-        """A matrix of the layer, and the tensors that hold it."""
-        out_features, in_features = self.layer.shape[-2:]
-        packing = self.layer.packing
-        if packing is None and self.codes == self.written:
-            parts: Mapping[str, SourceTensor] = self.layer.parts
-            if len(self.layer.shape) > 2:
-                parts = {role: part_of(x, number) for role, x in parts.items()}
-            return CodedMatrix(out_features, in_features, self.written), parts
-        packing = widened(packing or stored_rows(self.layer), self.codes, self.written)
-        first = number * out_features
-        made = CodedMatrix(out_features, in_features, self.written, packing, first)
-        return made, self.layer.parts
-
-
-def part_of(tensor: SourceTensor, number: int) -> JoinedTensor:
-    """Matrix ``number`` of a tensor ``(matrices, ...)`` that is stored as it is."""
-    assert not isinstance(tensor, ComputedTensor)
-    info = TensorInfo(tensor.info.dtype, tensor.info.shape[1:])
-    start = number * info.nbytes
-    return JoinedTensor(tensor.name, info, tuple(cut(tensor, start, start + info.nbytes)))
+    def matrix(self) -> CodedMatrix:
+        """The codes as the output has them."""
+        layer, packing = self.layer, self.layer.packing
+        if self.is_encoded_again:
+            packing = Reencoded(packing or stored_rows(layer), self.written, self.scale_dtype)
+        elif packing is not None or self.codes != self.written:
+            packing = widened(packing or stored_rows(layer), self.codes, self.written)
+        out_features, in_features = layer.shape
+        return CodedMatrix(out_features, in_features, self.written, packing)
 
 
 class LayerWriter(ABC):
@@ -86,45 +68,33 @@ class LayerWriter(ABC):
         self.layers = layers
 
     @abstractmethod
-    def tensors(self, layer: HeldLayer, number: int) -> Iterator[Step]:
-        """The steps of one matrix of a layer."""
+    def steps(self, layer: HeldLayer) -> Iterator[Step]:
+        """The steps of a layer."""
 
     @abstractmethod
     def block(self, ignored: Sequence[str]) -> dict[str, Any]:
         """The ``quantization_config``; ``ignored`` are the linear layers that are dense."""
 
-    def steps(self, layer: HeldLayer) -> Iterator[Step]:
-        """The steps of a layer."""
-        for number in range(layer.matrices):
-            yield from self.tensors(layer, number)
 
-
-def export_step(
-    layer: HeldLayer,
-    name: str,
-    info: TensorInfo,
-    packing: Packing,
-    parts: Mapping[str, SourceTensor],
-) -> Step:
-    """The step that writes a tensor by a packing."""
+def export_step(layer: HeldLayer, name: str, info: TensorInfo, packing: Packing) -> Step:
+    """The step that writes a tensor of a layer by a packing."""
     roles = packing.required_rects(0, min(packing.row_unit, packing.rows))
     return Step(
         layer=layer.layer.path,
         operation=Operation.EXPORT,
         rows=RowMapping(count=packing.rows, columns=packing.columns),
-        inputs={role: parts[role] for role in roles},
-        outputs={"weight": OutputTensor(name, info)},
+        inputs={role: layer.layer.parts[role] for role in roles},
+        outputs={"weight": OutputTensor(f"{layer.layer.path}.{name}", info)},
         dtype=info.dtype,
         packing=packing,
     )
 
 
-def moved_step(
-    layer: HeldLayer, part: SourceTensor, name: str, info: TensorInfo, *, is_scale: bool = False
-) -> Step:
+def moved_step(layer: HeldLayer, role: str, name: str, info: TensorInfo) -> Step:
     """The step that copies the bytes of a tensor of MLX's under another name and dtype."""
-    step = copy_step(layer.layer.path, part, OutputTensor(name, info))
-    return replace(step, scales_of=layer.codes.mode) if is_scale else step
+    path = layer.layer.path
+    step = copy_step(path, layer.layer.parts[role], OutputTensor(f"{path}.{name}", info))
+    return replace(step, scales_of=layer.codes.mode) if role == "scales" else step
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +142,11 @@ class TargetFormat:
             for bits in sorted(self.widths.get(codes.mode, ())):
                 if bits > codes.bits:
                     yield replace(codes, bits=bits)
+
+    def encoded_again(self, shape: tuple[int, ...]) -> Quantization | None:
+        """The encoding of new codes for values that it has no codes for: 8 bits, where it has."""
+        target = fallback_for(shape[-1])
+        return None if target is None or self.why_not(target, shape) else target
 
     def scale_dtype(self, stored: str) -> str:
         """The dtype in which affine scales are written."""

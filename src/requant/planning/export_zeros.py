@@ -92,7 +92,7 @@ def _repacked(source: Checkpoint, layer: SourceLayer) -> Iterator[tuple[Array, A
 
 
 class _Scratch:
-    """Memory that is taken anew each time."""
+    """Memory for one block."""
 
     def take(self, role: str, dtype: str, rows: int, row_bytes: int) -> Array:
         return np.empty(rows * row_bytes, np.uint8).view(NUMPY_DTYPE[dtype]).reshape(rows, -1)

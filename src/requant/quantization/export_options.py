@@ -25,7 +25,7 @@ class Otherwise(StrEnum):
     """What becomes of a layer that the format cannot hold with its codes."""
 
     REFUSE = "refuse"  # nothing is written, and every such layer is listed
-    WIDEN = "widen"  # its codes go into more bits; where that cannot be, as refuse
+    WIDEN = "widen"  # its codes, or new ones, take more bits; where there are none, as refuse
     DENSE = "dense"  # it is decoded
 
 
