@@ -1,6 +1,7 @@
 """``export`` to GGUF: values, codes and metadata, read by the ``gguf`` package and by requant."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def values_of(folder: Path, into: Path) -> dict[str, np.ndarray]:
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.size == b.size and np.array_equal(a.view(np.uint32).ravel(), b.view(np.uint32).ravel())
+    """Whether float32 values are equal; a block without ``m`` may have -0 for 0."""
+    return a.dtype == b.dtype == np.float32 and np.array_equal(a.ravel(), b.ravel())
 
 
 @pytest.mark.parametrize(
@@ -137,3 +139,151 @@ def test_blocks_come_back(name: str, through_mlx: bool, tmp_path: Path) -> None:
         if tensor.tensor_type.name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"):
             assert found[tensor.name].tensor_type == tensor.tensor_type, tensor.name
             assert np.array_equal(found[tensor.name].data, tensor.data), tensor.name
+
+
+def test_encoded_again(tmp_path: Path) -> None:
+    """8 bits with biases are no Q8_0: an error, then new codes of which the error is measured."""
+    requant.convert(model("micro-llama"), tmp_path / "mlx", bits=8)
+    with pytest.raises(requant.CheckpointError, match="its 8-bit groups have biases; Q8_0") as info:
+        requant.export(tmp_path / "mlx", tmp_path / "m.gguf", to="gguf")
+    assert len(info.value.problems) == 29 and not (tmp_path / "m.gguf").exists()
+    report = requant.export(tmp_path / "mlx", tmp_path / "m.gguf", to="gguf", otherwise="widen")
+    expected = values_of(tmp_path / "mlx", tmp_path / "dense")
+    _, tensors = read(tmp_path / "m.gguf")
+    names = {
+        layer.layer: llama_cpp_name(f"{layer.layer}.weight", CONFIG) for layer in again(report)
+    }
+    assert len(names) == 29
+    for layer, name in names.items():
+        block = expected[name].reshape(-1, 32)
+        assert np.array_equal(tensors[name].data, gguf.quants.quantize(expected[name], Q8_0))
+        error = decoded(tensors[name]).reshape(-1, 32) - block
+        rms = float(np.sqrt((error**2).sum() / (block**2).sum()))
+        assert report.errors[layer].relative_rms == pytest.approx(rms, rel=1e-4)
+
+
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+CONFIG = json.loads((model("micro-llama") / "config.json").read_text())
+
+
+def again(report: requant.Report) -> list[Any]:
+    return [layer for layer in report.plan.layers if layer.exactness == "re-encoded"]
+
+
+def test_dense(tmp_path: Path) -> None:
+    """--otherwise dense decodes to the dtype of the model; a dense folder is written as it is."""
+    requant.convert(model("micro-llama"), tmp_path / "mlx", mode="mxfp8")
+    requant.export(tmp_path / "mlx", tmp_path / "a.gguf", to="gguf", otherwise="dense")
+    requant.export(model("micro-llama"), tmp_path / "b.gguf", to="gguf")
+    expected = [
+        values_of(x, tmp_path / f"d{x.name}") for x in (tmp_path / "mlx", model("micro-llama"))
+    ]
+    for name, values in zip("ab", expected, strict=True):
+        _, tensors = read(tmp_path / f"{name}.gguf")
+        assert {x.tensor_type.name for x in tensors.values()} == {"BF16", "F32"}
+        for key, found in tensors.items():
+            wide = mx.array(values[key]).astype(mx.bfloat16).astype(mx.float32)
+            assert same(decoded(found), np.array(wide)), key
+
+
+# -- what a file cannot say ------------------------------------------------------------------------
+
+
+def changed(tmp_path: Path, file: str, **changes: Any) -> Path:
+    """micro-llama with other settings; None removes one."""
+    folder = tmp_path / "changed"
+    shutil.copytree(model("micro-llama"), folder)
+    settings = json.loads((folder / file).read_text())
+    for key, value in changes.items():
+        settings[key] = value
+    kept = {key: value for key, value in settings.items() if value is not None}
+    (folder / file).write_text(json.dumps(kept))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type: is 'mamba', of which no GGUF file is written"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic', which GGUF files"),
+        ({"num_attention_heads": 3}, r"\[128, 128\] is no multiple of twice 3 heads"),
+        ({"attention_bias": True}, "attention_bias: is true, where files of this architecture"),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window: is 64, and llama.cpp"),
+        ({"vocab_size": 600}, "vocab_size: is 600, where files of this architecture mean 512"),
+    ],
+)
+def test_settings_without_a_key(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """A config that does not come back from the metadata is an error."""
+    with pytest.raises(requant.CheckpointError, match=message):
+        requant.export(changed(tmp_path, "config.json", **changes), tmp_path / "m.gguf", to="gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+LLAMA_3 = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 8192,
+}
+YARN = {
+    **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+    **{"beta_fast": 32.0, "beta_slow": 1.0},
+}
+
+
+@pytest.mark.parametrize("scaling", [LLAMA_3, YARN, {"rope_type": "linear", "factor": 2.0}])
+def test_scaled_positions(scaling: dict[str, Any], tmp_path: Path) -> None:
+    """``rope_scaling`` comes back from the keys, or from the tensor of factors."""
+    source = changed(
+        tmp_path, "config.json", rope_scaling=scaling, rope_parameters=None, rope_theta=5e5
+    )
+    requant.export(source, tmp_path / "m.gguf", to="gguf")
+    requant.convert(tmp_path / "m.gguf", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["rope_theta"] == 5e5
+    assert {key: config["rope_scaling"][key] for key in scaling} == scaling
+    _, tensors = read(tmp_path / "m.gguf")
+    assert ("rope_freqs.weight" in tensors) == (scaling is LLAMA_3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"type": "Unigram"}}, "is of kind 'Unigram', known is BPE"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "splits words by 'Whitespace'"),
+        ({"normalizer": {"type": "NFKC"}}, "normalizes texts by 'NFKC', known is NFC"),
+        ({"added_tokens": [{"id": 600, "content": "x"}]}, "has token 600, but the embeddings have"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {"type": "Split", "pattern": {"Regex": "a+"}, "behavior": "Isolated"},
+                        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                    ],
+                }
+            },
+            "no known name in tokenizer.ggml.pre: ",
+        ),
+    ],
+)
+def test_tokenizers_without_a_name(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """A tokenizer that the keys cannot describe is an error."""
+    with pytest.raises(requant.CheckpointError, match=f"tokenizer.json: .*{message}"):
+        source = changed(tmp_path, "tokenizer.json", **changes)
+        requant.export(source, tmp_path / "m.gguf", to="gguf")
+
+
+def test_output_is_a_file(tmp_path: Path) -> None:
+    """An existing file is replaced on request only, and nothing but a GGUF file is."""
+    output, other = tmp_path / "m.gguf", tmp_path / "other.gguf"
+    requant.export(model("micro-llama"), output, to="gguf")
+    before = output.read_bytes()
+    with pytest.raises(requant.OutputError, match=r"m.gguf exists; --force replaces it"):
+        requant.export(model("micro-llama"), output, to="gguf")
+    requant.export(model("micro-llama"), output, to="gguf", force=True)
+    assert output.read_bytes() == before
+    other.write_text("kept")
+    with pytest.raises(requant.OutputError, match="is not a GGUF file, which --force"):
+        requant.export(model("micro-llama"), other, to="gguf", force=True)
+    assert other.read_text() == "kept"
+    with pytest.raises(requant.UsageError, match=r"folder: .*name a file that ends in \.gguf"):
+        requant.export(model("micro-llama"), tmp_path / "folder", to="gguf")

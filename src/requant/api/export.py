@@ -17,6 +17,7 @@ from requant.core.types import Source
 from requant.errors import CheckpointError, ParseError, UsageError, error_action
 from requant.execution.executor import Progress
 from requant.execution.runner import run_once
+from requant.gguf.file_selection import SUFFIX
 from requant.output.folder import OutputFolder
 from requant.output.preflight import check_place
 from requant.output.record import read_record
@@ -81,6 +82,7 @@ def export(
     run = RunOptions.from_arguments(
         force=force, resume=resume, max_memory=max_memory, threads=threads, progress=progress
     )
+    _check_name(Path(output), options)
     planned = plan_folder(source, options)
     conversion = ConvertOptions()
     with OutputFolder(
@@ -111,9 +113,16 @@ def export_plan(
 
     Args and errors are those of ``export``.
     """
-    plan = plan_folder(source, ExportOptions.from_words(to, otherwise)).plan
+    options = ExportOptions.from_words(to, otherwise)
+    _check_name(Path(output), options)
+    plan = plan_folder(source, options).plan
     check_place(plan, Path(output), force)
     return plan
+
+
+def _check_name(output: Path, options: ExportOptions) -> None:
+    if options.to is ExportFormat.GGUF and output.suffix != SUFFIX:
+        raise UsageError(f"{output}: --to gguf writes one file; name a file that ends in {SUFFIX}")
 
 
 def plan_folder(source: Source | Checkpoint, options: ExportOptions) -> Planned:

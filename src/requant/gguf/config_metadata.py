@@ -20,6 +20,7 @@ from requant.gguf.metadata import Metadata
 from requant.gguf.model_config import make_config
 from requant.gguf.settings import Settings
 from requant.gguf.writer import Value
+from requant.text import format_value
 
 Config = Mapping[str, Any]
 
@@ -186,7 +187,7 @@ def _rope(
             attention = sqrt(1 + log(context / start) / log(start))
         values |= {"scaling.original_context_length": start, "scaling.attn_factor": attention}
     elif kind not in ("default", "mrope", None):
-        message = f"is {kind!r}, which GGUF files cannot say: linear, llama3, longrope and yarn"
+        message = f"is {format_value(kind)}, which GGUF files cannot say: linear, llama3, longrope and yarn"
         problems.append(Problem("config.json: rope_scaling", message))
     return values, factors
 
@@ -225,12 +226,14 @@ def _off_problems(config: Config, *, has_windows: bool) -> Iterator[Problem]:
     """Settings that would be lost."""
     for key, off in _OFF.items():
         if config.get(key) not in (*off, None):
-            message = f"is {config[key]!r}, for which GGUF files of this model have no key"
+            message = (
+                f"is {format_value(config[key])}, for which GGUF files of this model have no key"
+            )
             yield Problem(f"config.json: {key}", message)
     kinds, window = config.get("layer_types") or (), config.get("sliding_window")
     is_mistral = config.get("model_type") == "mistral" and window
     if not has_windows and ("sliding_attention" in kinds or is_mistral):
-        message = f"is {window!r}, and llama.cpp lets every block of this model see the whole text"
+        message = f"is {format_value(window)}, and llama.cpp lets every block of this model see the whole text"
         yield Problem("config.json: sliding_window", message)
     rope = config.get("rope_parameters") or {}
     if any(isinstance(part, Mapping) for part in rope.values()) and not config.get("rope_theta"):
@@ -255,7 +258,7 @@ def _read_back(
     for key, value in found.items():
         given = config.get(key)
         if given is not None and key not in _NOT_COMPARED and not _equal(given, value):
-            message = f"is {given!r}, where files of this architecture mean {value!r}"
+            message = f"is {format_value(given)}, where files of this architecture mean {format_value(value)}"
             yield Problem(f"config.json: {key}", message)
     before, after = rope_of(config), rope_of(found)
     kinds = {"default": "default", "mrope": "default", "su": "longrope"}
@@ -266,7 +269,7 @@ def _read_back(
         if before.get(key) is not None and after.get(key) is not None
     )
     if not same and not metadata.problems:
-        message = f"is {before!r}, where the file would mean {after!r}"
+        message = f"is {format_value(before)}, where the file would mean {format_value(after)}"
         yield Problem("config.json: rope_scaling", message)
 
 

@@ -8,9 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from requant.checkpoints.folder_files import is_gguf
 from requant.errors import OutputError
 from requant.planning.plan import Plan
+
+_GGUF = b"GGUF"  # the first bytes of such a file
 
 
 def check_output(
@@ -84,10 +85,17 @@ def check_place(plan: Plan, output: Path, force: bool) -> None:
             raise OutputError(f"{output} exists; --force replaces it")
 
 
+def _is_gguf_file(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_GGUF)) == _GGUF
+
+
 def _why_not_writable(output: Path, target: Path, *, is_file: bool) -> str:
     """Why a folder, or a file, cannot get the name of OUTPUT, or ""; --force changes none of it."""
     if is_file:
-        if output.is_symlink() or (output.exists() and not is_gguf(output)) or output.is_dir():
+        if output.is_symlink() or (output.exists() and not _is_gguf_file(output)):
             return "exists and is not a GGUF file, which --force does not replace"
     elif output.is_symlink() or (output.exists() and not output.is_dir()):
         return "exists and is not a folder, which --force does not replace"

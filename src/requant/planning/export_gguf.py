@@ -50,7 +50,7 @@ from requant.planning.plan_source import PlanSource
 from requant.planning.planner import Planned
 from requant.quantization.config import QuantMode
 from requant.quantization.export_options import ExportOptions, Otherwise
-from requant.text import pluralize_are
+from requant.text import format_value, pluralize_are
 
 _FILE: Final = "model.gguf"  # while it grows; then it has the name of OUTPUT
 _SMALL_ROLES: Final = ("ffn_gate_inp.", "ffn_gate_inp_shexp.")  # F32, as vectors are
@@ -109,12 +109,14 @@ def plan_gguf(checkpoint: Checkpoint, options: ExportOptions, name: str) -> Plan
     found = written_family_of(str(source.config.get("model_type")))
     if found is None or source.config.get("model_type") not in _known(found[1]):
         kind = source.config.get("model_type")
-        message = f"is {kind!r}, of which no GGUF file is written; known are {', '.join(WRITTEN)}"
+        message = f"is {format_value(kind)}, of which no GGUF file is written; known are {', '.join(WRITTEN)}"
         problems.append(Problem("config.json: model_type", message))
     if problems or found is None:
         raise CheckpointError(str(source.source), problems, "exported")
     work = _Export(source, *found, options.otherwise)
     tensors = list(work.tensors(layout.layers))
+    if work.problems:  # then shapes are missing with which the metadata agree
+        raise CheckpointError(str(source.source), work.problems, "exported")
     metadata, factors = work.metadata(tensors, name)
     if work.problems:
         raise CheckpointError(str(source.source), work.problems, "exported")
@@ -323,7 +325,7 @@ class _Export:
             return tokenizer_metadata(given, self.source.config, embeddings.shape[0])
         except (NotWritable, KeyError, TypeError, ValueError, AttributeError) as error:
             known = isinstance(error, NotWritable)
-            message = str(error) if known else f"is not one of tokenizers ({error!r})"
+            message = str(error) if known else f"is not one of tokenizers ({format_value(error)})"
             self.problems.append(Problem(TOKENIZER, message))
             return {}
 
