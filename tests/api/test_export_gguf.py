@@ -142,7 +142,7 @@ def test_blocks_come_back(name: str, through_mlx: bool, tmp_path: Path) -> None:
 
 
 def test_encoded_again(tmp_path: Path) -> None:
-    """8 bits with biases are no Q8_0: an error, then new codes of which the error is measured."""
+    """8 bits with biases do not fit Q8_0: an error, then new codes and their error."""
     requant.convert(model("micro-llama"), tmp_path / "mlx", bits=8)
     with pytest.raises(requant.CheckpointError, match="its 8-bit groups have biases; Q8_0") as info:
         requant.export(tmp_path / "mlx", tmp_path / "m.gguf", to="gguf")

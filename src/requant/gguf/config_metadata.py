@@ -82,7 +82,7 @@ _FAMILIES: Final = {  # model_type of a family -> its own settings; others are n
 WRITTEN: Final = tuple(sorted({*_FAMILIES, "mistral"}))
 """Values of ``model_type`` of which files are written."""
 
-# Settings that a file does not say and that change nothing, or are told otherwise.
+# Settings that a file does not say and that change nothing, or that are compared apart.
 _NOT_COMPARED: Final = frozenset(
     {
         *("architectures", "model_type", "hidden_act", "hidden_activation", "rope_scaling"),
@@ -233,7 +233,8 @@ def _off_problems(config: Config, *, has_windows: bool) -> Iterator[Problem]:
     kinds, window = config.get("layer_types") or (), config.get("sliding_window")
     is_mistral = config.get("model_type") == "mistral" and window
     if not has_windows and ("sliding_attention" in kinds or is_mistral):
-        message = f"is {format_value(window)}, and llama.cpp lets every block of this model see the whole text"
+        found = format_value(window)
+        message = f"is {found}, and llama.cpp lets every block of this model see the whole text"
         yield Problem("config.json: sliding_window", message)
     rope = config.get("rope_parameters") or {}
     if any(isinstance(part, Mapping) for part in rope.values()) and not config.get("rope_theta"):
@@ -258,7 +259,8 @@ def _read_back(
     for key, value in found.items():
         given = config.get(key)
         if given is not None and key not in _NOT_COMPARED and not _equal(given, value):
-            message = f"is {format_value(given)}, where files of this architecture mean {format_value(value)}"
+            meant = format_value(value)
+            message = f"is {format_value(given)}, where files of this architecture mean {meant}"
             yield Problem(f"config.json: {key}", message)
     before, after = rope_of(config), rope_of(found)
     kinds = {"default": "default", "mrope": "default", "su": "longrope"}

@@ -187,7 +187,7 @@ class ValueRows(_OfRows):
 
 @dataclass(frozen=True)
 class EncodedRows(_OfRows):
-    """Rows of Q8_0 that are computed anew: ``d`` is the largest magnitude of a block over 127."""
+    """Values encoded again as Q8_0: ``d`` is the largest magnitude of a block over 127."""
 
     def repack(self, parts: Parts, start: int, stop: int, out: Triple, scratch: Scratch) -> None:
         """Fill ``out["weight"]`` with blocks."""

@@ -50,13 +50,13 @@ class HalfGroups:
     def merged(self, other: HalfGroups) -> HalfGroups:
         """Both together."""
         return HalfGroups(
-            self.groups + other.groups,
-            self.nonfinite + other.nonfinite,
-            min(self.lowest, other.lowest),
-            max(self.highest, other.highest),
-            max(self.scale_steps, other.scale_steps),
-            max(self.bias_steps, other.bias_steps),
-            max(self.zero_steps, other.zero_steps),
+            groups=self.groups + other.groups,
+            nonfinite=self.nonfinite + other.nonfinite,
+            lowest=min(self.lowest, other.lowest),
+            highest=max(self.highest, other.highest),
+            scale_steps=max(self.scale_steps, other.scale_steps),
+            bias_steps=max(self.bias_steps, other.bias_steps),
+            zero_steps=max(self.zero_steps, other.zero_steps),
         )
 
     def steps(self, kind: str, bits: int) -> float:
@@ -96,5 +96,11 @@ def examine_halves(scales: Array, biases: Array) -> HalfGroups:
             for difference in (wide - halves[0], given - halves[1], given + zeros * wide)
         ]
     scale, bias, zero = (float(np.nan_to_num(x, nan=np.inf).max()) for x in steps)
-    low, high = float(zeros.min()), float(zeros.max())
-    return HalfGroups(scales.size, 0, low, high, scale, bias, zero)
+    return HalfGroups(
+        groups=scales.size,
+        lowest=float(zeros.min()),
+        highest=float(zeros.max()),
+        scale_steps=scale,
+        bias_steps=bias,
+        zero_steps=zero,
+    )

@@ -53,7 +53,7 @@ from requant.quantization.export_options import ExportOptions, Otherwise
 from requant.text import format_value, pluralize_are
 
 _FILE: Final = "model.gguf"  # while it grows; then it has the name of OUTPUT
-_SMALL_ROLES: Final = ("ffn_gate_inp.", "ffn_gate_inp_shexp.")  # F32, as vectors are
+_SMALL_ROLES: Final = ("ffn_gate_inp.", "ffn_gate_inp_shexp.")  # F32, as vectors and biases are
 _FILE_TYPES: Final = {  # most frequent type of matrices -> general.file_type
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32},
     "MXFP4": 38,
@@ -109,7 +109,8 @@ def plan_gguf(checkpoint: Checkpoint, options: ExportOptions, name: str) -> Plan
     found = written_family_of(str(source.config.get("model_type")))
     if found is None or source.config.get("model_type") not in _known(found[1]):
         kind = source.config.get("model_type")
-        message = f"is {format_value(kind)}, of which no GGUF file is written; known are {', '.join(WRITTEN)}"
+        message = f"is {format_value(kind)}, of which no GGUF file is written"
+        message = f"{message}; known are {', '.join(WRITTEN)}"
         problems.append(Problem("config.json: model_type", message))
     if problems or found is None:
         raise CheckpointError(str(source.source), problems, "exported")
@@ -187,7 +188,8 @@ class _Export:
         if len(layer.shape) not in (1, 2, 3):
             self._report(layer, f"has the shape {list(layer.shape)}, known are 1, 2 or 3 axes")
             return
-        is_vector = len(layer.shape) == 1 or any(f".{x}" in name for x in _SMALL_ROLES)
+        is_small = name.endswith(".bias") or any(f".{x}" in name for x in _SMALL_ROLES)
+        is_vector = is_small or len(layer.shape) == 1
         if is_vector or not layer.is_quantized:
             reason = None
             if layer.is_quantized:
@@ -210,7 +212,10 @@ class _Export:
             packing = EncodedRows(self._rows(layer), head)
             fidelity = Fidelity(Exactness.REENCODED)
             kind = BY_NAME["Q8_0"]
-            yield _Tensor(layer, name, kind, packing, Treatment.REQUANTIZED, fidelity, reason)
+            done = Treatment.REQUANTIZED
+            yield _Tensor(
+                layer, name, kind, packing, treatment=done, fidelity=fidelity, reason=reason
+            )
         else:
             self._report(layer, f"{why}; {_ADVICE}")
 
@@ -247,7 +252,15 @@ class _Export:
         wide = dtype == "F32" or dtype == layer.dtype
         if not layer.is_quantized and layer.packing is None and wide and not packing.shift:
             fidelity = EXACT
-        return _Tensor(layer, name, BY_NAME[dtype], packing, treatment, fidelity, reason)
+        return _Tensor(
+            layer,
+            name,
+            BY_NAME[dtype],
+            packing,
+            treatment=treatment,
+            fidelity=fidelity,
+            reason=reason,
+        )
 
     def _why_no_codes(self, layer: SourceLayer) -> str:
         """Why no block can hold the codes of a layer, by what headers say."""
@@ -284,7 +297,7 @@ class _Export:
                 fidelity = Fidelity(Exactness.ROUNDED, bound)
         block = BY_NAME[kind]
         packing = BlockRows(matrix, block.number, layer.shape[-2], head)
-        return _Tensor(layer, name, block, packing, Treatment.KEPT, fidelity)
+        return _Tensor(layer, name, block, packing, treatment=Treatment.KEPT, fidelity=fidelity)
 
     # -- metadata ----------------------------------------------------------------------------
 
