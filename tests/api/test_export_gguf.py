@@ -205,7 +205,7 @@ def changed(tmp_path: Path, file: str, **changes: Any) -> Path:
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "model_type: is 'mamba', of which no GGUF file is written"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic', which GGUF files"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "is 'dynamic'; GGUF files say"),
         ({"num_attention_heads": 3}, r"\[128, 128\] is no multiple of twice 3 heads"),
         ({"attention_bias": True}, "attention_bias: is true, where files of this architecture"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding_window: is 64, and llama.cpp"),

@@ -51,12 +51,16 @@ def export(
     rounding, or where the format's dtype rounds scales. Layers of the modes mxfp4, mxfp8 and nvfp4
     are moved as they are. Embeddings, output heads and routers are written dense.
 
+    GGUF has blocks with biases, and quantized embeddings: layers of 2 to 5 bits are ``exact``
+    wherever float16 holds their scales and biases. Metadata and tokenizer are written with them.
+
     Args:
         source: MLX folder, or a checkpoint of any format that ``convert`` takes; it is never
             modified.
-        output: Folder to write; it appears only when complete.
+        output: Folder to write, or for "gguf" the file; it appears only when complete.
         to: The format: "compressed-tensors" (4 and 8 bits, mxfp4, mxfp8, nvfp4), "gptq" (2, 3, 4
-            and 8 bits), "awq" (4 bits), or compressed-tensors with nothing but "mxfp4" or "nvfp4".
+            and 8 bits), "awq" (4 bits), or compressed-tensors with nothing but "mxfp4" or "nvfp4",
+            or "gguf".
         otherwise: What becomes of a layer that the format cannot hold with its codes: "refuse"
             raises an error that lists all of them, "widen" writes the same codes in more bits where
             the format has them, or encodes the values again in 8 bits, "dense" decodes it.

@@ -68,6 +68,7 @@ def export(
       requant export Llama-3.2-1B-4bit for-vllm --to compressed-tensors --dry-run
       requant export Qwen3-4B-mixed for-vllm --to gptq --otherwise widen
       requant export Llama-3.2-1B-AWQ gptq --to gptq
+      requant export Llama-3.2-1B-4bit model.gguf --to gguf
     """  # noqa: D301
     from requant.api import export as exporting
     from requant.cli import plan_tables

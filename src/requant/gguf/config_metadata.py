@@ -187,7 +187,7 @@ def _rope(
             attention = sqrt(1 + log(context / start) / log(start))
         values |= {"scaling.original_context_length": start, "scaling.attn_factor": attention}
     elif kind not in ("default", "mrope", None):
-        message = f"is {format_value(kind)}, which GGUF files cannot say: linear, llama3, longrope and yarn"
+        message = f"is {format_value(kind)}; GGUF files say linear, llama3, longrope and yarn"
         problems.append(Problem("config.json: rope_scaling", message))
     return values, factors
 
