@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import requant
+from requant.execution.executor import Progress
 from requant.gguf.config_metadata import WRITTEN
 from tests.support.checkpoints import model
 from tests.support.fixture_folders import fixture
@@ -287,3 +288,85 @@ def test_output_is_a_file(tmp_path: Path) -> None:
     assert other.read_text() == "kept"
     with pytest.raises(requant.UsageError, match=r"folder: .*name a file that ends in \.gguf"):
         requant.export(model("micro-llama"), tmp_path / "folder", to="gguf")
+
+
+# -- other sources ---------------------------------------------------------------------------------
+
+SOURCES = {  # fixture -> the types of its layers, and whether their values are exact
+    "gptq-b4-g128-sym-v1": ("Q4_0", "exact"),
+    "gptq-b8-g64-sym-v1": ("Q8_0", "exact"),
+    "ct-pack-int4-sym-g128": ("Q4_0", "exact"),
+    "ct-mxfp4-pack": ("MXFP4", "exact"),
+    "awq-gemm-g64-bias": ("Q4_1", "rounded"),
+    "gptq-b3-g64-asym-v2": ("Q4_0", "exact"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_other_sources(name: str, tmp_path: Path) -> None:
+    """Codes of other tools move into blocks, with rows of q and k in llama.cpp's order."""
+    kind, exactness = SOURCES[name]
+    source = fixture(name) / "checkpoint"
+    report = requant.export(source, tmp_path / "m.gguf", to="gguf")
+    kept = [layer for layer in report.plan.layers if layer.treatment == "kept"]
+    assert len(kept) >= 7
+    assert {layer.target for layer in kept} == {kind}
+    assert {layer.exactness for layer in kept} == {exactness}
+    given = source
+    if exactness == "rounded":  # as MLX's biases are in the same dtype
+        given = tmp_path / "mlx"
+        requant.convert(source, given, dtype="float16", layout="keep")
+    expected = values_of(given, tmp_path / "dense")
+    _, tensors = read(tmp_path / "m.gguf")
+    config = json.loads((source / "config.json").read_text())
+    for layer in kept:
+        key = llama_cpp_name(f"{layer.layer}.weight", config)
+        assert same(decoded(tensors[key]), expected[key]), key
+
+
+def test_damaged_scales(tmp_path: Path) -> None:
+    """A scale that is not a number is named, and nothing is written."""
+    requant.convert(model("micro-llama"), tmp_path / "mlx", bits=4)
+    weights = mx.load(str(tmp_path / "mlx" / "model.safetensors"))
+    weights["model.layers.1.mlp.up_proj.scales"][3, 1] = float("nan")
+    mx.save_safetensors(str(tmp_path / "mlx" / "model.safetensors"), weights, {"format": "mlx"})
+    with pytest.raises(requant.CheckpointError, match=r"layers.1.mlp.up_proj: 1 scale or bias is"):
+        requant.export(tmp_path / "mlx", tmp_path / "m.gguf", to="gguf", otherwise="widen")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**17])
+def test_scales_beyond_float16(scale: float, tmp_path: Path) -> None:
+    """Scales that float16 does not hold are an error; decoded, the values are the same."""
+    requant.convert(model("micro-llama"), tmp_path / "mlx", bits=4)
+    weights = mx.load(str(tmp_path / "mlx" / "model.safetensors"))
+    path = "model.layers.1.mlp.up_proj"
+    for role in ("scales", "biases"):
+        ones = mx.ones_like(weights[f"{path}.scales"])
+        weights[f"{path}.{role}"] = ones * scale * (1 if role == "scales" else -3)
+    mx.save_safetensors(str(tmp_path / "mlx" / "model.safetensors"), weights, {"format": "mlx"})
+    with pytest.raises(requant.CheckpointError, match="scales or biases beyond float16"):
+        requant.export(tmp_path / "mlx", tmp_path / "m.gguf", to="gguf")
+    report = requant.export(tmp_path / "mlx", tmp_path / "m.gguf", to="gguf", otherwise="dense")
+    expected = values_of(tmp_path / "mlx", tmp_path / "dense")
+    _, tensors = read(tmp_path / "m.gguf")
+    assert same(decoded(tensors["blk.1.ffn_up.weight"]), expected["blk.1.ffn_up.weight"])
+    dense = [x.layer for x in report.plan.layers if x.treatment == "dequantized"]
+    assert dense == [path]
+
+
+def test_a_stopped_export_resumes(tmp_path: Path) -> None:
+    """The same bytes as without a stop, and nothing under the output's name before the end."""
+    source = model("micro-llama")
+    small: dict[str, Any] = {"to": "gguf", "max_memory": 84_200_000, "threads": 1}
+    requant.export(source, tmp_path / "whole.gguf", **small)
+
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        requant.export(source, tmp_path / "m.gguf", **small, progress=stop)
+    assert not (tmp_path / "m.gguf").exists()
+    requant.export(source, tmp_path / "m.gguf", **small)
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "whole.gguf"]
