@@ -91,49 +91,61 @@ class BlockRows(ByOutputs):
             made = {role: in_pairs(np.asarray(x), heads) for role, x in made.items()}
         words = np.ascontiguousarray(made["weight"]).view(np.uint32)
         codes = native.unpack_words(words, self.matrix.encoding.bits)
-        codes = codes.reshape(stop - start, -1, BLOCK)
-        blocks = out["weight"].reshape(*codes.shape[:2], self.kind.nbytes)
+        blocks = out["weight"].view(_FIELDS[self.kind.name])
         if self.matrix.encoding.mode is QuantMode.MXFP4:
             scales = made["scales"].view(np.uint8)
             if (scales == _NAN_EXPONENT).any():
                 raise InvariantError("a scale byte is 255, which is NaN: the source is damaged")
-            blocks[:, :, 0] = scales
-            blocks[:, :, 1:] = _nibbles(codes)
+            blocks["e"] = scales
+            _set_nibbles(blocks, codes)
             return
         self._affine(codes, made["scales"], made["biases"], blocks)
 
     def _affine(self, codes: Array, scales: Array, biases: Array, blocks: Array) -> None:
-        times = codes.shape[1] // scales.shape[1]
-        name, at = self.kind.name, 2
-        blocks[:, :, :2] = _halves(scales, times)
+        name, times = self.kind.name, blocks.shape[1] // scales.shape[1]
+        blocks["d"] = _halves(scales, times)
         if name in _MIDDLES:
-            shift = np.repeat(_MIDDLES[name] - integer_zeros(scales, biases), times, axis=1)
-            moved = codes.astype(np.int16) + shift.astype(np.int16)[:, :, None]
-            if name == "Q8_0":
-                blocks[:, :, 2:] = moved.astype(np.int8).view(np.uint8)
-                return
-            codes = moved.astype(np.uint8)
+            moved = np.repeat(_MIDDLES[name] - integer_zeros(scales, biases), times, axis=1)
+            if moved.any():  # modulo 256, as bytes of either sign are added
+                grouped = codes.reshape(*blocks.shape, BLOCK)
+                grouped += moved.astype(np.int16).astype(np.uint8)[:, :, None]
         else:
-            blocks[:, :, 2:4] = _halves(biases, times)
-            at = 4
+            blocks["m"] = _halves(biases, times)
+        if name == "Q8_0":
+            blocks["q"] = codes.reshape(*blocks.shape, BLOCK)
+            return
         if name.startswith("Q5"):
-            blocks[:, :, at : at + 4] = np.packbits(codes >> 4, axis=2, bitorder="little")
-            at += 4
-        blocks[:, :, at:] = _nibbles(codes & 15)
+            high = np.packbits((codes >> 4).reshape(-1), bitorder="little")
+            blocks["high"] = high.view("<u4").reshape(blocks.shape)
+            codes &= 15
+        _set_nibbles(blocks, codes)
 
 
-def _nibbles(codes: Array) -> Array:
-    low, high = codes[:, :, : BLOCK // 2], codes[:, :, BLOCK // 2 :]
-    return np.asarray(low | high << 4)
+_NIBBLES = [("first", "<u8"), ("last", "<u8")]
+_FIELDS = {  # the parts of a block
+    "Q4_0": np.dtype([("d", "<f2"), *_NIBBLES]),
+    "Q4_1": np.dtype([("d", "<f2"), ("m", "<f2"), *_NIBBLES]),
+    "Q5_0": np.dtype([("d", "<f2"), ("high", "<u4"), *_NIBBLES]),
+    "Q5_1": np.dtype([("d", "<f2"), ("m", "<f2"), ("high", "<u4"), *_NIBBLES]),
+    "Q8_0": np.dtype([("d", "<f2"), ("q", "u1", (BLOCK,))]),
+    "MXFP4": np.dtype([("e", "u1"), *_NIBBLES]),
+}
+
+
+def _set_nibbles(blocks: Array, codes: Array) -> None:
+    """Fill the nibbles of blocks with codes of 4 bits, one a byte; eight bytes are one number."""
+    eights = codes.view("<u8").reshape(*blocks.shape, 4)
+    blocks["first"] = eights[:, :, 0] | eights[:, :, 2] << np.uint64(4)
+    blocks["last"] = eights[:, :, 1] | eights[:, :, 3] << np.uint64(4)
 
 
 def _halves(numbers: Array, times: int) -> Array:
-    """The bytes of numbers as float16, ``(rows, groups * times, 2)``."""
+    """Numbers as float16, each ``times`` times."""
     with np.errstate(over="ignore"):
         halves = numbers.astype(np.float32).astype("<f2")
     if not np.isfinite(halves).all():
         raise InvariantError("a scale or bias is out of range: the source was changed meanwhile")
-    return np.repeat(halves, times, axis=1)[:, :, None].view(np.uint8)
+    return np.repeat(halves, times, axis=1)
 
 
 @dataclass(frozen=True)
