@@ -421,6 +421,8 @@ class _ByInputs(OfMatrix):
 class GptqWords(_ByInputs):
     """``qweight`` int32 ``[in * bits / 32, out]``: MLX's words, transposed."""
 
+    scratch_value_bytes: ClassVar[int] = 4  # the words of a row once more
+
     _roles: ClassVar[tuple[str, ...]] = ("weight",)
 
     @property
@@ -449,6 +451,8 @@ class AwqWords(_ByInputs):
     place in eight. Here the rows are MLX's, so that they are put in that order before, and the
     inputs that come out in it are put back.
     """
+
+    scratch_value_bytes: ClassVar[int] = 1  # the words of a row twice
 
     _roles: ClassVar[tuple[str, ...]] = ("weight",)
 
