@@ -207,7 +207,7 @@ def changed(tmp_path: Path, file: str, **changes: Any) -> Path:
     [
         ({"model_type": "mamba"}, "model_type: is 'mamba', of which no GGUF file is written"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "is 'dynamic'; GGUF files say"),
-        ({"num_attention_heads": 3}, r"\[128, 128\] is no multiple of twice 3 heads"),
+        ({"num_attention_heads": 3}, r"\[128, 128\] is not a multiple of twice 3 heads"),
         ({"attention_bias": True}, "attention_bias: is true, where files of this architecture"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding_window: is 64, and llama.cpp"),
         ({"vocab_size": 600}, "vocab_size: is 600, where files of this architecture mean 512"),

@@ -55,7 +55,7 @@ _GRANITE: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """What a family has beside the settings of all."""
+    """What a family has next to the settings of all."""
 
     integers: Mapping[str, tuple[str, ...]] | None = None
     floats: Mapping[str, tuple[str, ...]] | None = None

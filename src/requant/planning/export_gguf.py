@@ -183,7 +183,7 @@ class _Export:
         heads = self._heads(layer, name)
         matrix = layer.shape[-2] if len(layer.shape) > 1 else 1
         if heads and (matrix if len(layer.shape) > 1 else layer.shape[-1]) % (2 * heads):
-            self._report(layer, f"{list(layer.shape)} is no multiple of twice {heads} heads")
+            self._report(layer, f"{list(layer.shape)} is not a multiple of twice {heads} heads")
             return
         if len(layer.shape) not in (1, 2, 3):
             self._report(layer, f"has the shape {list(layer.shape)}, known are 1, 2 or 3 axes")
