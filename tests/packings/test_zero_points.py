@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from requant.errors import InvariantError
-from requant.packings.exported import CodedMatrix, ColumnZeros, Shape
+from requant.packings.coded_matrix import CodedMatrix
+from requant.packings.exported import ColumnZeros, Shape
 from requant.packings.zero_points import examine_zeros, integer_zeros
 from requant.quantization.config import Quantization
 

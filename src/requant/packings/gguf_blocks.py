@@ -29,7 +29,8 @@ from requant.kernels import cast as values
 from requant.kernels import quantize as native
 from requant.kernels.gguf import BY_NAME, TYPES, BlockType, values_into
 from requant.packings.base import Array, Packing, Parts, Rect, Scratch, Triple, WrappedPacking
-from requant.packings.exported import ByOutputs, ExportError, Written
+from requant.packings.coded_matrix import ExportError
+from requant.packings.exported import ByOutputs, Written
 from requant.packings.zero_points import integer_zeros
 from requant.quantization.config import QuantMode
 

@@ -6,27 +6,23 @@ and biases are read here, block by block, before anything is written.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from math import ceil, floor, log10
+from dataclasses import replace
 from typing import Any, Final
 
 from requant.checkpoints.checkpoint import Checkpoint
-from requant.core.reasons import NoteCode, Reason, ReasonCode
+from requant.core.reasons import NoteCode, ReasonCode
 from requant.errors import CheckpointError, Problem
-from requant.formats import SourceLayer
 from requant.formats.base import describe_encoding
 from requant.formats.quantization_block import without_blocks
 from requant.formats.stale_blocks import read_source
 from requant.layouts.expert_names import EXPERT_NAMES, split_stacks
-from requant.layouts.head_names import find_pair, flags, is_head
-from requant.packings.base import EXACT, Exactness, Fidelity, IntegerPacking, rounded
-from requant.packings.zero_points import ZeroPoints
+from requant.layouts.head_names import find_pair, flags
+from requant.packings.base import EXACT, rounded
 from requant.planning.export_compressed_tensors import COMPRESSED_TENSORS, MXFP4, NVFP4
+from requant.planning.export_decisions import EMBEDDING, Decider, Decision, fidelity_of
 from requant.planning.export_gptq_awq import AWQ, GPTQ
-from requant.planning.export_targets import HeldLayer, LayerWriter, TargetFormat
-from requant.planning.export_zeros import read_zeros, stored_scale_dtype
+from requant.planning.export_targets import LayerWriter
 from requant.planning.plan import LayerPlan, Plan, Step, Treatment
 from requant.planning.plan_source import PlanSource
 from requant.planning.planner import Planned
@@ -36,8 +32,6 @@ from requant.planning.steps import layer_steps
 from requant.quantization.config import Quantization, QuantMode
 from requant.quantization.export_options import ExportFormat, ExportOptions, Otherwise
 from requant.quantization.options import ConvertOptions
-from requant.quantization.roles import ROLES
-from requant.text import pluralize_are
 
 FORMATS: Final = {
     ExportFormat.COMPRESSED_TENSORS: COMPRESSED_TENSORS,
@@ -56,17 +50,6 @@ SAME_NAMES: Final = frozenset(
 )
 """Values of ``model_type`` whose tensors have the same names, shapes and values in mlx-lm's folders
 as in transformers'."""
-
-_EMBEDDING, _ROUTER = re.compile(ROLES["embedding"]), re.compile(ROLES["router"])
-
-
-@dataclass(frozen=True, slots=True)
-class _Decision:
-    """What becomes of a layer."""
-
-    layer: SourceLayer
-    held: HeldLayer | None  # with its codes; None is dense
-    reason: Reason | None = None  # why codes of the source do not stay, or are in more bits
 
 
 def plan_export(
@@ -96,13 +79,13 @@ def plan_export(
         problems += _other_names(source)
     if problems:
         raise CheckpointError(str(source.source), problems, "exported")
-    decide = _Decider(source, FORMATS[options.to], options.otherwise)
+    decide = Decider(source, FORMATS[options.to], options.otherwise)
     split = split_stacks(layout.layers, source.config)
     decisions = [decide(layer) for layer in split]
     for decision in decisions:
         code = None if decision.reason is None else decision.reason.code
-        is_refused = decision.held is None and options.otherwise is not Otherwise.DENSE
-        if code is ReasonCode.NOT_IN_FORMAT and is_refused:
+        is_left_out = decision.held is None and options.otherwise is not Otherwise.DENSE
+        if code is ReasonCode.NOT_IN_FORMAT and is_left_out:
             message = f"{decision.reason}; {_ADVICE[options.otherwise]}"
             problems.append(Problem(decision.layer.path, message))
     if source.opened.damaged:
@@ -148,122 +131,13 @@ def _other_names(source: Checkpoint) -> Iterator[Problem]:
         )
 
 
-# -- decisions -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Decider:
-    """Decides whether the codes of a layer stay."""
-
-    source: Checkpoint
-    target: TargetFormat
-    otherwise: Otherwise
-
-    def __call__(self, layer: SourceLayer) -> _Decision:
-        if not layer.is_quantized:
-            return _Decision(layer, None)
-        if not self.target.takes_tokens and (why := _dense_for_readers(layer.path)) is not None:
-            return _Decision(layer, None, Reason(ReasonCode.DENSE_FOR_READERS, why))
-        if len(layer.shape) != 2:
-            stack = f"a stack of matrices, {list(layer.shape)}, which the format stores one by one"
-            return _Decision(layer, None, Reason(ReasonCode.NOT_IN_FORMAT, stack))
-        codes = layer.encoding
-        if codes is None or layer.rotation_tensors:
-            known = layer.policy.reason
-            text = "its codes are none of MLX's" if known is None else known.text
-            return self._other_codes(layer, f"{layer.stored_as}: {text}")
-        written, zeros = self.target.scale_dtype(stored_scale_dtype(layer)), ZeroPoints()
-        if codes.mode is QuantMode.AFFINE and self.target.integer_zeros:
-            zeros = read_zeros(self.source, layer, written)
-            self._check_finite(layer, zeros, written)
-        held = HeldLayer(layer, codes, codes, scale_dtype=written, zeros=zeros)
-        why = self.target.why_not(codes, layer.shape) or _why_no_zeros(zeros, codes.bits)
-        if not why:
-            return _Decision(layer, held)
-        if self.otherwise is Otherwise.WIDEN:
-            for wider in self.target.wider(codes):
-                fits = zeros.fit(codes.bits, wider.bits)
-                if fits and not self.target.why_not(wider, layer.shape):
-                    text = f"the same codes in {wider.bits} bits: {why}"
-                    reason = Reason(ReasonCode.CODES_WIDENED, text)
-                    return _Decision(layer, replace(held, written=wider), reason)
-        return self._other_codes(layer, why)
-
-    def _other_codes(self, layer: SourceLayer, why: str) -> _Decision:
-        """New codes where they are asked for and the format has them, else none."""
-        target = self.target.encoded_again(layer.shape)
-        is_plain = "global_scale" not in layer.parts
-        if self.otherwise is not Otherwise.WIDEN or target is None or not is_plain:
-            return _Decision(layer, None, Reason(ReasonCode.NOT_IN_FORMAT, why))
-        held = HeldLayer(
-            layer,
-            target,
-            target,
-            scale_dtype=self.target.scale_dtype(layer.dtype),
-            zeros=ZeroPoints(lowest=0, highest=(1 << target.bits) - 1),
-            is_encoded_again=True,
-        )
-        return _Decision(layer, held, Reason(ReasonCode.NOT_IN_FORMAT, why))
-
-    def _check_finite(self, layer: SourceLayer, zeros: ZeroPoints, written: str) -> None:
-        if zeros.nonfinite:
-            message = f"{pluralize_are(zeros.nonfinite, 'scale or bias')} NaN or infinite"
-            message = f"{message}. Take the file from its publisher again"
-        elif zeros.overflowed:
-            found = pluralize_are(zeros.overflowed, "scale")
-            message = f"{found} beyond the range of {written}, in which {self.target.name} has them"
-        else:
-            return
-        problem = Problem(layer.path, message)
-        raise CheckpointError(str(self.source.source), [problem], "exported")
-
-
-def _dense_for_readers(path: str) -> str | None:
-    """Why readers of the format want the layer dense; None where they take codes."""
-    if _EMBEDDING.search(path):
-        return "an embedding, which readers of the format take dense"
-    if is_head(path):
-        return "an output head, which readers of the format take dense"
-    if _ROUTER.search(path):
-        return "a router, which readers of the format take dense"
-    return None
-
-
-def _why_no_zeros(zeros: ZeroPoints, bits: int) -> str:
-    found = []
-    if zeros.out_of_range:
-        limit = (1 << bits) - 1
-        found.append(f"{zeros.out_of_range:,} have a zero point outside 0 to {limit}")
-    if zeros.off_grid:
-        found.append(f"{zeros.off_grid:,} have a bias that is not a whole number of scales")
-    return f"of {zeros.groups:,} groups {' and '.join(found)}" if found else ""
-
-
-def _fidelity(held: HeldLayer) -> Fidelity:
-    if held.is_encoded_again:
-        return Fidelity(Exactness.REENCODED)
-    bounds, zeros = [], held.zeros
-    if zeros.rounded:
-        # One digit, rounded up: layers with nearly the same bound are printed in one line.
-        digit = 10.0 ** floor(log10(zeros.max_steps))
-        bound = f"{ceil(zeros.max_steps / digit) * digit:.1g}"
-        bounds.append(f"biases become -zero * scale, which differs by at most {bound} steps")
-    packing = held.layer.packing
-    computed = isinstance(packing, IntegerPacking) and packing.computes_scales
-    if zeros.scales_rounded or computed:
-        bounds.append(rounded("scales", held.scale_dtype).bound)
-    if "global_scale" in held.layer.parts:
-        bounds.append("tensor scale: 1/8388608 (float32) of itself")
-    return Fidelity(Exactness.ROUNDED, "; ".join(bounds)) if bounds else EXACT
-
-
 # -- the plan --------------------------------------------------------------------------------------
 
 
 def _planned(
     source: Checkpoint,
     format: str,
-    decisions: list[_Decision],
+    decisions: list[Decision],
     options: ExportOptions,
     notes: tuple[Any, ...],
 ) -> Planned:
@@ -297,19 +171,19 @@ def _planned(
     return Planned(plan, PlanSource(source))
 
 
-def _layer_steps(decision: _Decision, writer: LayerWriter) -> Iterator[Step]:
+def _layer_steps(decision: Decision, writer: LayerWriter) -> Iterator[Step]:
     if decision.held is None:
         return layer_steps(decision.layer, None, decision.layer.dtype, ConvertOptions())
     return writer.steps(decision.held)
 
 
-def _layer_plan(decision: _Decision, steps: list[Step], options: ExportOptions) -> LayerPlan:
+def _layer_plan(decision: Decision, steps: list[Step], options: ExportOptions) -> LayerPlan:
     layer, held = decision.layer, decision.held
     treatment = Treatment.DENSE if not layer.is_quantized else Treatment.DEQUANTIZED
     described, fidelity = layer.dtype, EXACT
     if held is not None:
         treatment = Treatment.REQUANTIZED if held.is_encoded_again else Treatment.KEPT
-        fidelity = _fidelity(held)
+        fidelity = fidelity_of(held)
         described = f"{options.to} {_described(held.written, options.to)}"
     elif layer.is_quantized:
         fidelity = rounded("values", layer.dtype)
@@ -334,11 +208,11 @@ def _described(written: Quantization, to: ExportFormat) -> str:
     return f"{mode}{written.bits}-bit g{written.group_size}"
 
 
-def _ignored(source: Checkpoint, decisions: list[_Decision]) -> list[str]:
+def _ignored(source: Checkpoint, decisions: list[Decision]) -> list[str]:
     """Paths of the linear layers that are dense, that of a tied head included."""
     layers = [x.layer for x in decisions]
     dense = [x.layer for x in decisions if x.held is None and x.layer.is_weight]
-    ignored = [x.path for x in dense if len(x.shape) == 2 and not _EMBEDDING.search(x.path)]
+    ignored = [x.path for x in dense if len(x.shape) == 2 and not EMBEDDING.search(x.path)]
     pair = find_pair(layers)
     tied = any(is_tied for _, is_tied in flags(source.config))
     if tied or (pair is not None and pair.head is None):

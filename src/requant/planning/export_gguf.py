@@ -33,7 +33,7 @@ from requant.gguf.tokenizer_metadata import (
 from requant.gguf.writer import Value, WrittenTensor, build_header
 from requant.kernels.gguf import BY_NAME, BlockType
 from requant.packings.base import EXACT, Exactness, Fidelity, Packing, rounded
-from requant.packings.exported import CodedMatrix
+from requant.packings.coded_matrix import CodedMatrix
 from requant.packings.gguf_blocks import BLOCK, BlockRows, Constant, EncodedRows, ValueRows
 from requant.planning.export_zeros import read_halves
 from requant.planning.plan import (

@@ -17,7 +17,7 @@ from requant.formats import SourceLayer
 from requant.formats.base import fallback_for
 from requant.formats.widening import stored_rows, widened
 from requant.packings.base import Packing
-from requant.packings.exported import CodedMatrix, Reencoded
+from requant.packings.coded_matrix import CodedMatrix, Reencoded
 from requant.packings.zero_points import ZeroPoints
 from requant.planning.plan import Operation, OutputTensor, RowMapping, Step
 from requant.planning.steps import copy_step
