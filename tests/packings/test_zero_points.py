@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from requant.errors import InvariantError
-from requant.packings.compressed_tensors_export import CtShape, CtZeroPoints
+from requant.packings.coded_matrix import CodedMatrix
+from requant.packings.exported import ColumnZeros, Shape
 from requant.packings.zero_points import examine_zeros, integer_zeros
+from requant.quantization.config import Quantization
 
 Arrays = dict[str, np.ndarray]
 
@@ -27,7 +29,12 @@ class NoScratch:
         raise AssertionError(role)
 
 
-def words_of(parts: Arrays, packing: CtZeroPoints, start: int, stop: int) -> np.ndarray:
+def zeros_of(out: int, groups: int, bits: int) -> ColumnZeros:
+    """The packing of a matrix with groups of 32."""
+    return ColumnZeros(CodedMatrix(out, 32 * groups, Quantization.affine(32, bits)))
+
+
+def words_of(parts: Arrays, packing: ColumnZeros, start: int, stop: int) -> np.ndarray:
     cut = {
         role: np.ascontiguousarray(parts[role][slice(*rect.rows)])
         for role, rect in packing.required_rects(start, stop).items()
@@ -45,14 +52,14 @@ def test_words_written_by_hand() -> None:
     zeros = np.arange(10, dtype=np.float32)[:, None]
     scales = np.where(np.arange(10)[:, None] % 2, -0.5, 0.25).astype(np.float32)
     parts = {"scales": scales, "biases": -zeros * scales}
-    found = words_of(parts, CtZeroPoints(2, 1, 4, 10), 0, 2)
+    found = words_of(parts, zeros_of(10, 1, 4), 0, 2)
     assert found.view(np.uint32).tolist() == [[0x76543210], [0x98]]
-    assert words_of(parts, CtZeroPoints(3, 1, 8, 10), 1, 3).tolist() == [[0x07060504], [0x0908]]
+    assert words_of(parts, zeros_of(10, 1, 8), 1, 3).tolist() == [[0x07060504], [0x0908]]
 
 
 def test_shape() -> None:
     out = np.zeros((1, 2), np.int64)
-    CtShape((10, 64)).repack({}, 0, 1, {"weight": out}, NoScratch())
+    Shape((10, 64)).repack({}, 0, 1, {"weight": out}, NoScratch())
     assert out.tolist() == [[10, 64]]
 
 
@@ -64,7 +71,7 @@ def test_any_rows_give_the_words_of_the_whole(data: st.DataObject) -> None:
     scales = random.choice([-1, 1], (out, 3)).astype(np.float32) / 64
     parts = {"scales": scales, "biases": (-zeros * scales).astype(np.float32)}
     rows = -(-out * bits // 32)
-    packing = CtZeroPoints(rows, 3, bits, out)
+    packing = zeros_of(out, 3, bits)
     words = words_of(parts, packing, 0, rows)
     for group in range(3):
         stream = sum(int(zero) << (row * bits) for row, zero in enumerate(zeros[:, group]))
@@ -78,7 +85,7 @@ def test_any_rows_give_the_words_of_the_whole(data: st.DataObject) -> None:
 def test_zero_points_out_of_range_are_not_packed() -> None:
     parts = {"scales": np.ones((8, 1), np.float32), "biases": np.full((8, 1), -16, np.float32)}
     with pytest.raises(InvariantError, match="out of range"):
-        words_of(parts, CtZeroPoints(1, 1, 4, 8), 0, 1)
+        words_of(parts, zeros_of(8, 1, 4), 0, 1)
 
 
 def test_the_nearest_integer() -> None:
@@ -113,6 +120,6 @@ def test_nonfinite_and_middle() -> None:
     assert found.nonfinite == 2
     scales = np.array([0.5, -0.25], ml_dtypes.bfloat16)
     middle = examine_zeros(scales, -8 * scales, 4, "BF16")
-    assert middle.all_middle
-    assert not middle.merged(examine_zeros(scales, 0 * scales, 4, "BF16")).all_middle
+    assert middle.all_middle(4) and not middle.all_middle(8)
+    assert not middle.merged(examine_zeros(scales, 0 * scales, 4, "BF16")).all_middle(4)
     assert middle.merged(middle).groups == 4

@@ -12,13 +12,14 @@ from requant.cli.error_handling import handle_errors, print_json
 from requant.cli.options import TableOptions, completion, with_options
 from requant.cli.progress import progress_display
 from requant.quantization.export_options import ExportFormat, Otherwise
+from requant.text import join_or
 
 _To = Annotated[
     str,
     typer.Option(
         "--to",
         metavar="FORMAT",
-        help="Format to write: compressed-tensors.",
+        help=f"Format to write: {join_or([*map(str, ExportFormat)])}.",
         autocompletion=completion(lambda: [*ExportFormat]),
     ),
 ]
@@ -28,7 +29,8 @@ _Otherwise = Annotated[
         "--otherwise",
         metavar="CHOICE",
         help="What becomes of a layer that the format cannot hold with its codes: refuse writes "
-        "nothing and lists all of them, dense decodes it.",
+        "nothing and lists all of them, widen writes its codes, or where they do not fit "
+        "new ones, in more bits, dense decodes it.",
         autocompletion=completion(lambda: [*Otherwise]),
     ),
 ]
@@ -38,7 +40,11 @@ _Otherwise = Annotated[
 def export(
     source: Annotated[
         Path,
-        typer.Argument(metavar="SOURCE", help="MLX folder of 4 or 8 bits.", show_default=False),
+        typer.Argument(
+            metavar="SOURCE",
+            help="MLX folder, or a checkpoint of any quantized format.",
+            show_default=False,
+        ),
     ],
     output: arg.Output,
     *,
@@ -49,7 +55,7 @@ def export(
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
-    """Write an MLX folder in another tool's format.
+    """Write a quantized checkpoint in another tool's format.
 
     Codes and scales stay as they are. The scales and biases of every layer are read first:
     a layer is exact where the format's integer zero points give each bias, rounded where the
@@ -60,7 +66,9 @@ def export(
     Examples:
       requant export Llama-3.2-1B-4bit for-vllm --to compressed-tensors
       requant export Llama-3.2-1B-4bit for-vllm --to compressed-tensors --dry-run
-      requant export Qwen3-4B-mixed for-vllm --to compressed-tensors --otherwise dense
+      requant export Qwen3-4B-mixed for-vllm --to gptq --otherwise widen
+      requant export Llama-3.2-1B-AWQ gptq --to gptq
+      requant export Llama-3.2-1B-4bit model.gguf --to gguf
     """  # noqa: D301
     from requant.api import export as exporting
     from requant.cli import plan_tables

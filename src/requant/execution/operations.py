@@ -23,6 +23,7 @@ from requant.kernels import gptq, units
 from requant.kernels import quantize as native
 from requant.kernels.quantize import QuantizedTensors
 from requant.packings.base import Packing
+from requant.packings.exported import Written
 from requant.planning.plan import EncodeParams, Operation, Step
 from requant.quantization.config import Quantization
 
@@ -279,7 +280,8 @@ def _run_packed(
     results = outputs
     if step.operation is Operation.EXPORT:
         packing.repack(inputs, *rows, outputs, buffers)
-        return LayerStats()
+        error = packing.error(inputs, *rows, buffers) if isinstance(packing, Written) else None
+        return LayerStats() if error is None else LayerStats(**error._asdict())
     if step.operation is Operation.RECODE and decodes_rows(step):
         stored = inputs["weight"].view(np.uint8)
         blocks = packing.block_scales(inputs, rows[0])

@@ -60,6 +60,10 @@ class Ternary(IntegerPacking):
     def zeros(self, parts: Parts, start: int, stop: int) -> Array | float:
         return 1.0
 
+    @property
+    def computes_scales(self) -> bool:  # type: ignore[override]
+        return self.divides
+
     def fidelity(self, dtype: str) -> Fidelity:
         """The reciprocal of a stored scale rounds; the bias is the scale's negative."""
         if not self.divides:

@@ -82,6 +82,24 @@ class Architecture:
             return f"{self.top[found[1]]}.{found[2]}"
         return None
 
+    def gguf_name_of(self, name: str) -> str | None:
+        """The name in files of a tensor by Hugging Face's name; the inverse of ``name_of``."""
+        path, _, suffix = name.rpartition(".")
+        for role, known in self.top.items():
+            if known == path:
+                return f"{role}.{suffix}"
+        found = re.fullmatch(rf"{re.escape(self.layers)}\.(\d{{1,6}})\.(.+)", name)
+        if found is None:
+            return None
+        block = f"blk.{int(found[1])}"
+        for whole, known in self.whole.items():
+            if known == found[2]:
+                return f"{block}.{whole}"
+        path, _, suffix = found[2].rpartition(".")
+        # Of two roles with one path the later is this architecture's own.
+        roles = [role for role, known in self.blocks.items() if known == path]
+        return f"{block}.{roles[-1]}.{suffix}" if roles and suffix in ("weight", "bias") else None
+
     def _path_of(self, rest: str) -> str | None:
         """The path below a layer of a tensor of a block, with its suffix."""
         if rest in self.whole:

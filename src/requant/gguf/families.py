@@ -704,3 +704,16 @@ def _deepseek(metadata: Metadata) -> Architecture:
         return _GLM_4_LITE_FAMILY
     is_sigmoid = values.get("deepseek2.expert_gating_func") == _SIGMOID
     return _DEEPSEEK_3_FAMILY if is_sigmoid else _DEEPSEEK_2_FAMILY
+
+
+def written_family_of(model_type: str) -> tuple[str, Architecture] | None:
+    """``general.architecture`` and the family of a ``model_type``; None if it is not known."""
+    special = {
+        "mistral": ("llama", _FAMILIES["llama"]),
+        "mixtral": ("llama", _MIXTRAL_FAMILY),
+        "olmo3": ("olmo2", _OLMO_3_FAMILY),
+    }
+    if model_type in special:
+        return special[model_type]
+    found = (pair for pair in _FAMILIES.items() if pair[1].model_type == model_type)
+    return next(found, None)

@@ -8,7 +8,7 @@ splits a text before that is a name: ``tokenizer.ggml.pre``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from requant.gguf.generation import generation_config
@@ -292,11 +292,7 @@ class _Tokenizer:
         return next((t for t, k in zip(self.tokens, self.types, strict=True) if k == kind), None)
 
     def _vocabulary(self) -> dict[str, int]:
-        """Token -> number; of two that are the same the first."""
-        vocabulary: dict[str, int] = {}
-        for number, token in enumerate(self.tokens):
-            vocabulary.setdefault(token, number)
-        return vocabulary
+        return first_places(self.tokens)
 
     def _merges(self, vocabulary: dict[str, int]) -> list[list[str]]:
         """The merges of tokens; others would stop the tokenizer from loading."""
@@ -308,21 +304,33 @@ class _Tokenizer:
         ]
 
     def _merges_by_score(self) -> list[list[str]]:
-        """Every way in which two pieces make a third, the best third first."""
         found = self.metadata.numbers("tokenizer.ggml.scores")
         if found is None:
             return []
-        scores = [float(x) for x in found]
-        vocabulary = self._vocabulary()
-        merges = []
-        for number, (piece, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
-            if kind != NORMAL or number >= len(scores):
-                continue
-            ways = []
-            for cut in range(1, len(piece)):
-                left, right = piece[:cut], piece[cut:]
-                if left in vocabulary and right in vocabulary:
-                    ways.append((vocabulary[left], vocabulary[right], left, right))
-            merges += [(-scores[number], number, *way) for way in sorted(ways)]
-        merges.sort(key=lambda merge: merge[:4])
-        return [[left, right] for *_, left, right in merges]
+        return merges_by_score(self.tokens, self.types, [float(x) for x in found])
+
+
+def merges_by_score(
+    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
+) -> list[list[str]]:
+    """Every way in which two pieces make a third, the best third first."""
+    vocabulary, merges = first_places(tokens), []
+    for number, (piece, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind != NORMAL or number >= len(scores):
+            continue
+        ways = []
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocabulary and right in vocabulary:
+                ways.append((vocabulary[left], vocabulary[right], left, right))
+        merges += [(-scores[number], number, *way) for way in sorted(ways)]
+    merges.sort(key=lambda merge: merge[:4])
+    return [[left, right] for *_, left, right in merges]
+
+
+def first_places(tokens: Sequence[str]) -> dict[str, int]:
+    """Token -> number; of two that are the same the first."""
+    vocabulary: dict[str, int] = {}
+    for number, token in enumerate(tokens):
+        vocabulary.setdefault(token, number)
+    return vocabulary

@@ -150,6 +150,8 @@ class OutputFolder(JournaledSink):
     ) -> None:
         """Write the files that hold no weights, make everything durable, and name the output.
 
+        An output of one file has no others, and no record.
+
         ``errors`` are quantization errors by layer and ``rounding`` errors of rounded scales, as
         ``build_record`` takes them.
 
@@ -160,6 +162,10 @@ class OutputFolder(JournaledSink):
             hashes = self.progress_log.finish()
             self.progress_log.journal.close()
             self._check_staged()
+            if self.plan.is_one_file:
+                self._files.finish()
+                self.staging.name_file(self.plan.shards[0].name)
+                return
             files = {
                 INDEX: self._write_file(INDEX, encode_json(self.plan.index())),
                 CONFIG: self._write_file(CONFIG, encode_json(dict(self.plan.config))),

@@ -11,6 +11,8 @@ from pathlib import Path
 from requant.errors import OutputError
 from requant.planning.plan import Plan
 
+_GGUF = b"GGUF"  # the first bytes of such a file
+
 
 def check_output(
     plan: Plan, output: Path, force: bool, spent: int = 0, most: int | None = None
@@ -65,8 +67,14 @@ def check_place(plan: Plan, output: Path, force: bool) -> None:
     within = target == source or target in source.parents or source in target.parents
     if within and plan.repository is None:
         raise OutputError(f"{output}: the source {source} must not be changed; name another folder")
-    if why := _why_not_writable(output, target):
-        raise OutputError(f"{output} {why}; name another folder")
+    if why := _why_not_writable(output, target, is_file=plan.is_one_file):
+        raise OutputError(
+            f"{output} {why}; name another {'file' if plan.is_one_file else 'folder'}"
+        )
+    if plan.is_one_file:
+        if output.exists() and not force:
+            raise OutputError(f"{output} exists; --force replaces it")
+        return
     if output.exists() and any(output.iterdir()):
         if not (output / "config.json").is_file():
             raise OutputError(
@@ -77,9 +85,19 @@ def check_place(plan: Plan, output: Path, force: bool) -> None:
             raise OutputError(f"{output} exists; --force replaces it")
 
 
-def _why_not_writable(output: Path, target: Path) -> str:
-    """Why a folder cannot get the name of OUTPUT, or nothing; --force changes none of it."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
+def _is_gguf_file(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_GGUF)) == _GGUF
+
+
+def _why_not_writable(output: Path, target: Path, *, is_file: bool) -> str:
+    """Why a folder, or a file, cannot get the name of OUTPUT, or ""; --force changes none of it."""
+    if is_file:
+        if output.is_symlink() or (output.exists() and not _is_gguf_file(output)):
+            return "exists and is not a GGUF file, which --force does not replace"
+    elif output.is_symlink() or (output.exists() and not output.is_dir()):
         return "exists and is not a folder, which --force does not replace"
     if not target.name:
         return "is the root of the file system"

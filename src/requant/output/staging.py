@@ -144,6 +144,12 @@ class StagingFolder:
         for folder in (self.staged_output, self.path, self.output.parent):
             fsync(folder)
 
+    def name_file(self, name: str) -> None:
+        """Give the output, one file of the staged folder, its name; what is there is replaced."""
+        (self.staged_output / name).rename(self.output)
+        fsync(self.output.parent)
+        self.remove()
+
     def name_output(self) -> None:
         """Sync the staged folders and give the output its name; what is there is replaced."""
         for folder, _, _ in os.walk(self.staged_output):

@@ -252,9 +252,21 @@ class IntegerPacking(Packing):
     symmetric: bool
     scale_dtype: str  # header name of the stored scales
 
+    # whether ``scales`` rounds: scales that are computed from what is stored
+    computes_scales: ClassVar[bool] = False
+    # roles of codes and of their order, from which no scale and no zero is made
+    code_roles: ClassVar[tuple[str, ...]] = (
+        *("qweight", "weight_packed", "weight", "g_idx", "weight_g_idx", "W_q", "B"),
+    )
+
     @property
     def stored_kind(self) -> tuple[object, ...]:
         return type(self), self.bits, self.group
+
+    def group_rects(self, start: int, stop: int) -> dict[str, Rect]:
+        """Those of ``required_rects`` that ``scales`` and ``biases`` need."""
+        rects = self.required_rects(start, stop)
+        return {role: rect for role, rect in rects.items() if role not in self.code_roles}
 
     @property
     def groups(self) -> int:

@@ -7,6 +7,7 @@ int8_vectorwise_dequant) and nn/modules.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ _ONE_PART = np.float32(1 / 127)
 @dataclass(frozen=True)
 class BnbInt8(CtPlain):
     """LLM.int8: ``w = code * SCB / 127``, SCB the largest magnitude of a row, float32."""
+
+    computes_scales: ClassVar[bool] = True
 
     def scales(self, parts: Parts, start: int, stop: int) -> Array:
         largest = super().scales(parts, start, stop).astype(np.float32)

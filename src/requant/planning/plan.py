@@ -35,7 +35,7 @@ class Operation(StrEnum):
     DECODE = "decode"  # codes, scales, biases -> dense rows
     RECODE = "recode"  # decode, then encode, without leaving the worker
     REPACK = "repack"  # codes of another layout -> MLX's words, scales, biases
-    EXPORT = "export"  # MLX's scales and biases -> a tensor of another format
+    EXPORT = "export"  # words, scales and biases -> a tensor of another format
 
 
 class Treatment(StrEnum):
@@ -205,6 +205,8 @@ class Step:
             held += packing.scratch_row_bytes
         elif packing is not None:
             held += packing.scratch_value_bytes * self.rows.columns
+            if self.operation is Operation.EXPORT:
+                held += packing.scratch_row_bytes
         if self.measures_rounding:  # the outputs again, with scales and biases in float32
             held += 2 * sum(self.row_bytes(t) for t in self.outputs.values())
         if self.gptq:
@@ -265,10 +267,11 @@ class OutputShard:
     # The header's ``format``: "mlx" for names of an MLX class, "pt" for those of PyTorch. Loaders
     # in Swift do not rename, transpose or shift tensors of "mlx".
     names_of: str = "mlx"
+    lead: bytes = b""  # all before the data in a file that is not safetensors; else empty
 
     def header(self) -> bytes:
-        """The safetensors header, length prefix included."""
-        return _header(self.tensors, self.names_of)[0]
+        """The safetensors header, length prefix included; of another file all before its data."""
+        return self.lead or _header(self.tensors, self.names_of)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +322,11 @@ class Plan:
     repository: tuple[str, str] | None = None
     side_bytes: int = 0
     intermediates: Mapping[str, Step] = field(default_factory=dict)
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the output is a file, the only shard, and no folder."""
+        return any(shard.lead for shard in self.shards)
 
     @property
     def parameters(self) -> int:
@@ -409,6 +417,8 @@ def _hash(content: Mapping[str, Any]) -> str:
 def _shard_dict(shard: OutputShard) -> dict[str, Any]:
     tensors = [as_data(tensor) for tensor in shard.tensors]
     names = {} if shard.names_of == "mlx" else {"names_of": shard.names_of}
+    if shard.lead:
+        names["lead"] = hashlib.sha256(shard.lead).hexdigest()
     return {"name": shard.name, "nbytes": shard.nbytes, "tensors": tensors, **names}
 
 

@@ -14,12 +14,18 @@ class ExportFormat(StrEnum):
     """A format that ``export`` writes."""
 
     COMPRESSED_TENSORS = "compressed-tensors"
+    GPTQ = "gptq"
+    AWQ = "awq"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+    GGUF = "gguf"
 
 
 class Otherwise(StrEnum):
     """What becomes of a layer that the format cannot hold with its codes."""
 
     REFUSE = "refuse"  # nothing is written, and every such layer is listed
+    WIDEN = "widen"  # its codes, or new ones, take more bits; where there are none, as refuse
     DENSE = "dense"  # it is decoded
 
 
@@ -52,7 +58,9 @@ class ExportOptions:
     def command_words(self) -> list[str]:
         """The options as they are typed after ``requant export SOURCE OUTPUT``."""
         words = ["--to", str(self.to)]
-        return words if self.otherwise is Otherwise.REFUSE else [*words, "--otherwise", "dense"]
+        if self.otherwise is not Otherwise.REFUSE:
+            words += ["--otherwise", str(self.otherwise)]
+        return words
 
     def to_dict(self) -> dict[str, str]:
         """The options as JSON data."""
