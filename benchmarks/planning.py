@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gguf import KINDS
+from gguf_files import KINDS
 from make_checkpoint import Tensors
 
 SIZES = {"BF16": 2, "F8_E4M3": 1, "F32": 4, "I32": 4}

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import formats
-import gguf
+import gguf_files
 import make_checkpoint
 
 import requant
@@ -103,7 +103,7 @@ def packed(kind: str) -> Callable[[Path, int], object]:
 
 def q4_0(folder: Path, layers: int) -> None:
     """The Llama of 1 B parameters in blocks of llama.cpp."""
-    gguf.write(folder / "model.gguf", "Q4_0", layers)
+    gguf_files.write(folder / "model.gguf", "Q4_0", layers)
 
 
 def codes(folder: Path, layers: int) -> None:
