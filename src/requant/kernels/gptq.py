@@ -29,6 +29,8 @@ from requant.quantization.config import Quantization
 Array = np.ndarray
 
 DAMPING = 0.01  # of the mean of the diagonal, added to it
+# The least for the refinement: with less it fits the calibration's text too closely.
+_REFINEMENT_DAMPING = 0.05
 _GROWTH = 10.0
 _MOST_DAMPING = 10.0
 _SMALL_TRIANGLE = 64
@@ -42,12 +44,12 @@ class Compensation:
     # float32 ``(in_features, in_features)``, upper triangular, the diagonal 1: row j is the share
     # of input j's error that each later input takes.
     propagation: Array
-    # float32 ``(in_features, in_features)``, symmetric: the Hessian with the damping added, zeros
-    # for dead inputs.
+    # float32 ``(in_features, in_features)``, symmetric: the Hessian with the damping of the
+    # refinement added, zeros for dead inputs.
     hessian: Array
     # float64 ``(in_features,)``: the Hessian's diagonal, which weights the search.
     importance: Array
-    damping: float  # share of the mean of the diagonal that was added to it
+    damping: float  # share of the mean of the diagonal that was added for the propagation
     dead: int  # inputs that were zero for every token; they are rounded alone
 
 
@@ -79,7 +81,8 @@ def compensation_of(hessian: Array, in_features: int, damping: float = DAMPING) 
     while damping <= _MOST_DAMPING:
         propagation = _propagation(hessian, dead, damping * mean)
         if propagation is not None:
-            symmetric = _symmetric(hessian, dead, damping * mean)
+            added = max(damping, _REFINEMENT_DAMPING) * mean
+            symmetric = _symmetric(hessian, dead, added)
             return Compensation(propagation, symmetric, importance, damping, int(dead.sum()))
         damping *= _GROWTH
     raise InvariantError("[gptq] hessian is not positive semidefinite: no mean of x x^T")
