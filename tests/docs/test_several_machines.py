@@ -87,9 +87,10 @@ def test_slurm_with_a_budget(env: dict[str, str], tmp_path: Path) -> None:
 
 def test_statistics(env: dict[str, str], tmp_path: Path) -> None:
     (script,) = BLOCKS["Statistics and GPTQ"]
+    script = script.replace("--hessian", "--hessian --tokens 4096")
     statistics = tmp_path / "stats.safetensors"
     run(script, {**env, "STATISTICS": str(statistics)}, tmp_path)
-    requant.calibrate(MICRO_LLAMA, tmp_path / "one.safetensors", hessian=True)
+    requant.calibrate(MICRO_LLAMA, tmp_path / "one.safetensors", hessian=True, tokens=4096)
     assert statistics.read_bytes() == (tmp_path / "one.safetensors").read_bytes()
     requant.convert(MICRO_LLAMA, tmp_path / "one", bits=3, gptq=True, statistics=statistics)
     assert tree(tmp_path / "out") == tree(tmp_path / "one")

@@ -8,6 +8,7 @@ import pytest
 
 import requant
 from requant.api import convert as conversion
+from requant.api import runs
 from requant.calibration import conversion as calibration
 from requant.errors import CheckpointError, OutputError, UsageError
 from requant.reports.record_summary import read_figures
@@ -63,7 +64,7 @@ def test_a_stopped_conversion_does_not_calibrate_again(
 ) -> None:
     """Its statistics are found; --no-resume makes them again."""
     calls: list[int] = []
-    real_run, real_once = calibration.run, conversion.run_once
+    real_run, real_once = calibration.run, runs.run_once
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -73,7 +74,7 @@ def test_a_stopped_conversion_does_not_calibrate_again(
         raise OutputError("of the test")
 
     monkeypatch.setattr(calibration, "run", counted)
-    monkeypatch.setattr(conversion, "run_once", stops)
+    monkeypatch.setattr(runs, "run_once", stops)
     with pytest.raises(OutputError, match="of the test"):
         requant.convert(LLAMA, tmp_path / "out", calibrate=text, **OPTIONS)
     (kept,) = [x for x in hidden(tmp_path) if x.endswith(".safetensors")]
@@ -81,7 +82,7 @@ def test_a_stopped_conversion_does_not_calibrate_again(
     with pytest.raises(OutputError, match="of the test"):
         requant.convert(LLAMA, tmp_path / "out", calibrate=text, resume=False, **OPTIONS)
     assert calls == [1, 1] and kept in hidden(tmp_path)
-    monkeypatch.setattr(conversion, "run_once", real_once)
+    monkeypatch.setattr(runs, "run_once", real_once)
     requant.convert(LLAMA, tmp_path / "out", calibrate=text, **OPTIONS)
     assert calls == [1, 1] and hidden(tmp_path) == []
 
@@ -92,7 +93,7 @@ def test_another_text_replaces_what_a_stopped_run_left(
     def stops(*_: Any) -> Any:
         raise OutputError("of the test")
 
-    monkeypatch.setattr(conversion, "run_once", stops)
+    monkeypatch.setattr(runs, "run_once", stops)
     found = []
     for number in range(2):
         text.write_text(text.read_text() + f"And {number} more words. " * 50)

@@ -40,7 +40,7 @@ class Files:
         self.path = folder / "out"
         self.shard = os.open(self.path, os.O_RDWR | os.O_CREAT)
         file = SourceFile("in", len(data), "")
-        self.reader = SourceReader([file], OpenedSource(folder), (), ())
+        self.reader = SourceReader([file], OpenedSource(folder), (), ("in",))
         self.reader.__enter__()
 
     def close(self) -> None:

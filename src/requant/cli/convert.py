@@ -120,7 +120,7 @@ def join(
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
-    """Complete an OUTPUT that convert --part, or calibrate --part, began.
+    """Complete an OUTPUT that parts of convert or calibrate began.
 
     Checks that all parts are of one conversion, does what is missing, and publishes OUTPUT
     under its name. Parts may have run in any order, twice, or not at all: the result has the

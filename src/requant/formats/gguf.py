@@ -84,6 +84,11 @@ class _GgufRows(MatrixPacking):
     head: int = 1  # rows of a head that change places; 1 where none do
     column_heads: tuple[int, int] = (0, 0)  # groups, and heads of each, if inputs change places
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether neither rows nor inputs change places."""
+        return self.head == 1 and self.column_heads[1] <= 1
+
     def place_columns(self, out: Array) -> None:
         """Give decoded values, or words, scales or biases, the order of their inputs."""
         if self.column_heads[1] > 1:
@@ -214,7 +219,7 @@ class GgufBlocks(_GgufRows):
 
     @property
     def row_form(self) -> BlockType | None:
-        return None if self.tensor_scales or self.head > 1 else self.kind
+        return self.kind if self.is_in_order and not self.tensor_scales else None
 
     def stored_codes(self, start: int, stop: int) -> BlockType | None:
         return self.row_form

@@ -10,6 +10,8 @@ from typing import Any
 from requant.gguf.later_config import rename
 from requant.gguf.settings import ADVICE, Settings
 
+_ALIBI_BIAS = 8.0  # what the converter writes
+
 
 def _check_causal(settings: Settings) -> None:
     """Every token sees every other."""
@@ -45,7 +47,10 @@ def configure_jina(config: dict[str, Any], settings: Settings) -> None:
     """BERT with gates, and a penalty for distance instead of positions."""
     length = config["max_position_embeddings"]
     configure_bert(config, settings)
-    settings.find_float("attention.max_alibi_bias")  # the class has its own
+    bias = settings.find_float("attention.max_alibi_bias")
+    if bias not in (None, _ALIBI_BIAS):
+        message = f"is {bias:g}, and this class has {_ALIBI_BIAS:g}; {ADVICE}"
+        settings.report("attention.max_alibi_bias", message)
     config |= {
         "max_position_embeddings": length,
         "position_embedding_type": "alibi",

@@ -55,6 +55,29 @@ _IN_MLP = {
     **dict.fromkeys(("down_proj", "w2", "fc2", "dense_4h_to_h", "c_proj"), "ffn_down"),
     "gate_up_proj": "ffn_gate_up",
 }
+# Paths in a block whose last name alone does not say what they are.
+_WHOLE = {
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "shared_mlp.input_linear": "ffn_gate_up_shexp",
+    "shared_mlp.output_linear": "ffn_down_shexp",
+    **{f"mixer.{x}_proj": f"attn_{x}" for x in "qkv"},
+    "mixer.o_proj": "attn_output",
+    "mixer.fc1_latent_proj": "ffn_latent_down",
+    "mixer.fc2_latent_proj": "ffn_latent_up",
+    **{f"attention.self.{x}": f"attn_{x[0]}" for x in ("query", "key", "value")},
+    "intermediate.dense": "ffn_up",
+    "output.dense": "ffn_down",
+    "mlp.gated_layers": "ffn_up",
+    "mlp.wo": "ffn_down",
+    "attn.Wqkv": "attn_qkv",
+    "mlp.fc11": "ffn_up",
+    "mlp.fc12": "ffn_gate",
+    **{f"layer.0.SelfAttention.{x}": f"attn_{x}" for x in "qkvo"},
+    "layer.1.DenseReluDense.wi_0": "ffn_gate",
+    "layer.1.DenseReluDense.wi_1": "ffn_up",
+    "layer.1.DenseReluDense.wo": "ffn_down",
+}
 # Layers with the same input: the statistics of one hold for the others.
 _SAME_INPUT = (
     ("attn_q", "attn_k", "attn_v", "attn_qkv"),
@@ -85,6 +108,8 @@ def layer_key(path: str) -> LayerKey | None:
         top = None if outside is None else _TOP.get(outside[1])
         return None if top is None else LayerKey(-1, top)
     block, rest = int(match[1]), match[2]
+    if rest in _WHOLE:
+        return LayerKey(block, _WHOLE[rest])
     in_attention = _ATTENTION.search(rest) is not None
     part = (_IN_ATTENTION if in_attention else _IN_MLP).get(rest.rpartition(".")[2], "")
     if not part:
