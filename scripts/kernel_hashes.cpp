@@ -285,15 +285,16 @@ void repacking() {
   const auto* words = reinterpret_cast<const uint32_t*>(src.data());
   auto* out_words = reinterpret_cast<uint32_t*>(out.data());
   for (size_t item : {1, 2, 4}) {
-    kernels.transpose({src.data(), item, n_in, n_out / item}, out.data());
+    kernels.transpose({src.data(), item, n_in, n_out / item}, {out.data(), n_in * item});
     print("transpose", "", int(item), 0, hash(out.data(), out.size()));
   }
   for (int bits = 1; bits <= 8; bits++)
     for (int out_bits = bits; out_bits <= 8; out_bits++) {
-      kernels.stream_columns({words, n_in, n_out, bits}, bits % 2 == 0, out_bits % 2 == 0, out_words, out_bits);
+      const requant::OutRows rows{out.data(), n_in / 8 * size_t(out_bits)};
+      kernels.stream_columns({words, n_in, n_out, bits}, bits % 2 == 0, out_bits % 2 == 0, rows, out_bits);
       print("stream_columns", "", bits, out_bits, hash(out.data(), n_in * n_out / 8 * size_t(out_bits)));
       if (bits == 1) continue;
-      kernels.planar_columns({words, n_in, n_out, bits}, out_words, out_bits);
+      kernels.planar_columns({words, n_in, n_out, bits}, rows, out_bits);
       print("planar_columns", "", bits, out_bits, hash(out.data(), n_in * n_out / 8 * size_t(out_bits)));
     }
   for (int bits = 1; bits <= 8; bits++)
@@ -307,7 +308,7 @@ void repacking() {
       }
     }
   const size_t tiled = 96 * 128 / 2;  // bytes of 96 inputs by 128 outputs
-  kernels.marlin_words(words, 96, 128, out_words);
+  kernels.marlin_words(words, 96, 128, {out.data(), 96 / 2});
   print("marlin_words", "", 0, 0, hash(out.data(), tiled));
   kernels.awq_gemv_fast_words(reinterpret_cast<const uint16_t*>(src.data()), 192, 64, out_words);
   print("awq_gemv_fast_words", "", 0, 0, hash(out.data(), tiled));
