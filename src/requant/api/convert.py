@@ -216,16 +216,20 @@ def _run_part(
         try:
             options = choose_in_parts(opened, output, options, run, command_of(options))
         except PartlyMeasuredError as found:
-            spent_s, nothing = time.perf_counter() - began, part_of(found.plan, ())
-            report = Report.build(nothing, str(output), RunResult(), spent_s)
-            return replace(report, part=run.part, unmeasured=found.unmeasured)
+            report = _report_of_nothing(found.plan, output, run, began)
+            return replace(report, unmeasured=found.unmeasured)
     try:
         planned, result = convert_part(opened, output, options, run, command_of(options))
     except PartlyCheckedError as found:
-        spent_s, nothing = time.perf_counter() - began, part_of(found.plan, ())
-        report = Report.build(nothing, str(output), RunResult(), spent_s)
-        return replace(report, part=run.part, unchecked=found.unchecked)
+        report = _report_of_nothing(found.plan, output, run, began)
+        return replace(report, unchecked=found.unchecked)
     return report_of(planned, output, result, began, run)
+
+
+def _report_of_nothing(plan: Plan, output: Path, run: RunOptions, began: float) -> Report:
+    """The report of a part that has measured or checked, and converted nothing yet."""
+    nothing, spent_s = part_of(plan, ()), time.perf_counter() - began
+    return replace(Report.build(nothing, str(output), RunResult(), spent_s), part=run.part)
 
 
 def _run_on_cluster(

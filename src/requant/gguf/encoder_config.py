@@ -30,14 +30,19 @@ def _take_heads(config: dict[str, Any], settings: Settings) -> None:
         del config[key]
 
 
+def _token_types(settings: Settings) -> int:
+    """How many kinds of tokens have an embedding; a file with one kind may hold it as a vector."""
+    shape = settings.shapes.get("token_types.weight", (1,))
+    return shape[0] if len(shape) > 1 else 1
+
+
 def configure_bert(config: dict[str, Any], settings: Settings) -> None:
     _check_causal(settings)
     _take_heads(config, settings)
     del config["rope_theta"]
-    types = settings.shapes.get("token_types.weight", (1,))
     config |= {
         "hidden_act": "gelu",
-        "type_vocab_size": types[0] if len(types) > 1 else 1,
+        "type_vocab_size": _token_types(settings),
         "position_embedding_type": "absolute",
         "max_position_embeddings": settings.shapes.get("position_embd.weight", (0,))[0],
     }
@@ -61,7 +66,6 @@ def configure_jina(config: dict[str, Any], settings: Settings) -> None:
 def configure_nomic(config: dict[str, Any], settings: Settings) -> None:
     _check_causal(settings)
     _take_heads(config, settings)
-    types = settings.shapes.get("token_types.weight", (1,))
     rename(
         config,
         n_embd="hidden_size",
@@ -74,7 +78,7 @@ def configure_nomic(config: dict[str, Any], settings: Settings) -> None:
     )
     config |= {
         "activation_function": "swiglu",
-        "type_vocab_size": types[0] if len(types) > 1 else 1,
+        "type_vocab_size": _token_types(settings),
         "causal": False,
         "prenorm": False,
         "qkv_proj_bias": settings.has("blk.0.attn_qkv.bias"),
